@@ -1,0 +1,98 @@
+# `make` lists what there is. Everything is installed in .venv; nothing outside this folder is touched.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Rules run `python` and `snakemake` from .venv, activated or not.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+# Unset, the demo includes openSMILE's row of Table 2; `make demo OPENSMILE=0` leaves it out.
+OPENSMILE ?= 1
+# Test processes at once.
+WORKERS ?= 2
+
+INSTALLED := .venv/.installed
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+# The resolver is needed by `make lock` alone, so it is kept apart from what the locks install.
+UV_VERSION := 0.13.9
+UV := .venv/uv-$(UV_VERSION)/bin/uv
+# One resolution for the platform that is supported, wherever it is made.
+COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --no-emit-find-links \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
+
+.PHONY: help setup opensmile demo test lint format lock envs clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+setup: $(INSTALLED)  ## install the locked environment in .venv
+
+.venv/bin/python:
+	@for python in python3.11 python3; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then \
+			$$python -m venv .venv && exit 0; \
+			rm -rf .venv; echo "'$$python -m venv' failed; on Debian: apt install python3.11-venv" >&2; exit 1; \
+		fi; \
+	done; \
+	echo "Python 3.11 is needed, and neither python3.11 nor python3 is that" >&2; exit 1
+
+.venv/.locked: requirements/main.lock | .venv/bin/python
+	@echo "Installing the locked packages in .venv; the first time 3.6 GB are downloaded, 7 GB when unpacked, which"
+	@echo "takes 2 to 10 minutes. Of the downloads, the larger ones are listed:"
+	@$(PIP) install --progress-bar off --require-hashes -r requirements/main.lock \
+		| { grep --line-buffered -oE 'Downloading .*\(([0-9]{3,}\.[0-9] MB|.* GB)\)|^Installing' || true; }
+	@touch $@
+
+$(INSTALLED): .venv/.locked pyproject.toml
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+opensmile: .venv/.opensmile  ## add openSMILE, for research use only, for a row of Table 2
+
+.venv/.opensmile: requirements/opensmile.lock $(INSTALLED)
+	@echo "openSMILE's licence (audEERING) is for private and research use: see its LICENSE before any other."
+	@$(PIP) install --quiet --no-deps --require-hashes -r requirements/opensmile.lock
+	@touch $@
+
+demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table on synthetic speech, in minutes
+	@snakemake --cores all --configfile presets/demo.yaml \
+		$(if $(GPU),,--workflow-profile workflow/profiles/cpu) \
+		$(if $(filter 0,$(OPENSMILE)),--config 'tables={"baseline": "none"}')
+	@gmp-atl show results/demo/tables
+	@echo
+	@echo "These tables (CSV, Markdown, LaTeX): results/demo/tables; figures: results/demo/figures."
+	@echo "The paper's experiment, with IEMOCAP at hand (see README.md):"
+	@echo "    . .venv/bin/activate; snakemake --cores all"
+
+test: setup  ## run the tests
+	@python -m pytest -n $(WORKERS) $(TESTS)
+
+lint: setup  ## check format, style, types and the workflow
+	ruff format --check .
+	ruff check .
+	snakefmt --compact-diff --check Snakefile workflow
+	mypy
+	snakemake --lint --configfile presets/demo.yaml --workflow-profile none
+
+format: setup  ## format Python and Snakemake files
+	ruff check --fix-only --quiet .
+	ruff format .
+	snakefmt Snakefile workflow
+
+# Versions stay as they are where pyproject.toml allows; delete a lock first to renew its indirect dependencies.
+lock: $(UV)  ## resolve requirements/*.lock from pyproject.toml
+	$(COMPILE) pyproject.toml --group dev --output-file requirements/main.lock
+	$(COMPILE) --group opensmile --constraints requirements/main.lock --output-file requirements/opensmile.lock \
+		$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package \1/p' requirements/main.lock)
+
+$(UV): | .venv/bin/python
+	$(PIP) install --quiet --target .venv/uv-$(UV_VERSION) uv==$(UV_VERSION)
+
+envs: opensmile  ## write envs/*.yaml from the locks
+	python tools/envs.py
+
+clean:  ## remove .venv and caches; results stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests tools -name __pycache__ -prune -exec rm -rf {} +
