@@ -1,0 +1,53 @@
+"""Which code a stage runs, as a hash: a stage is rerun when, and only when, its own code has changed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+@cache
+def code_hash(stage: str) -> str:
+    """Twelve hexadecimal digits over every module that `gmp_atl.stages.<stage>` imports, directly or not.
+
+    Comments and formatting do not count: the hash is taken over the syntax tree.
+    """
+    modules, frontier = set(), {_PACKAGE / "stages" / f"{stage}.py"}
+    while frontier:
+        modules |= frontier
+        frontier = {imported for module in frontier for imported in _imports(module)} - modules
+    digest = hashlib.sha256()
+    for module in sorted(modules):
+        digest.update(f"{module.relative_to(_PACKAGE)}\n{ast.dump(_tree(module))}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _tree(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
+@cache
+def _imports(module: Path) -> frozenset[Path]:
+    """Files of this package that a module imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gmp_atl":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {path for name in [node.module or "", *names] if (path := _file(name))}
+        elif isinstance(node, ast.Import):
+            found |= {path for alias in node.names if (path := _file(alias.name))}
+    return frozenset(found)
+
+
+def _file(name: str) -> Path | None:
+    parts = name.split(".")
+    if parts[0] != "gmp_atl":
+        return None
+    path = _PACKAGE.joinpath(*parts[1:])
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)

@@ -1,0 +1,453 @@
+"""The typed configuration: the one door through which every setting enters.
+
+`config.yaml` is the paper's experiment; files in `presets/` overlay it. `Config` validates the merged
+mapping, refuses unknown keys, and is the source of `workflow/schemas/config.schema.json`. A stage never
+sees the whole of it: `slice_for` cuts out the sections that the stage reads, and Snakemake tracks that
+slice, so that an edit reruns exactly what depends on it.
+
+Every open reading of the paper (docs/readings.md) is a field here, with the default reading first.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from gmp_atl.errors import UserError
+
+GENDERS = ("female", "male")
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Layer = Annotated[int, Field(le=-1, description="Counted from the end: -1 is the last layer.")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CorpusConfig(Section):
+    """Which speech corpus is read, and from where."""
+
+    reader: Literal["iemocap", "emodb", "ravdess", "manifest", "synthetic"]
+    root: Path | None = None
+    """Folder of the release, or, for `manifest`, the CSV or Parquet file. `synthetic` makes its own."""
+    allow_partial: bool = False
+    """Accept an IEMOCAP whose counts differ from the full release; every table then says so."""
+
+
+class FoldsConfig(Section):
+    """Speaker-independent cross-validation: each fold holds out a group of sessions or speakers."""
+
+    by: Literal["session", "speaker"]
+    held_out: list[Annotated[list[str], Field(min_length=1)]] = Field(min_length=2)
+    """Fold n holds out the n-th group; every utterance of the corpus belongs to exactly one group."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FoldsConfig:
+        names = [name for group in self.held_out for name in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"held_out names {', '.join(twice)} more than once: folds must not overlap")
+        return self
+
+
+class ScratchEncoderConfig(Section):
+    """Size of a HuBERT with random weights; strides and kernels are those of HuBERT base."""
+
+    seed: int = 0
+    layers: Count = 12
+    hidden_size: Count = 192
+    heads: Count = 4
+    feed_forward: Count = 768
+    conv_channels: Count = 128
+
+    @model_validator(mode="after")
+    def _check(self) -> ScratchEncoderConfig:
+        if self.hidden_size % self.heads or self.hidden_size % 16:
+            raise ValueError("hidden_size must be a multiple of heads and of 16")
+        return self
+
+
+class EncoderConfig(Section):
+    """The pre-trained HuBERT."""
+
+    source: Literal["hub", "directory", "scratch"]
+    name: str | None = None
+    """Hub id, such as facebook/hubert-base-ls960."""
+    revision: str | None = None
+    """Commit of the hub repository; a branch would not be reproducible."""
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of the weights file; needed where the revision holds only a PyTorch archive (converted once)."""
+    path: Path | None = None
+    """Folder with config.json and model.safetensors."""
+    scratch: ScratchEncoderConfig = ScratchEncoderConfig()
+    normalise_audio: bool = False
+    """Zero mean and unit variance per clip; HuBERT base was trained without."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderConfig:
+        if self.source == "hub" and not (self.name and self.revision):
+            raise ValueError("source: hub needs name and revision")
+        if self.source == "hub" and len(self.revision or "") != 40:
+            raise ValueError("revision must be a full 40-digit commit, not a branch or tag")
+        if self.source == "directory" and self.path is None:
+            raise ValueError("source: directory needs path")
+        return self
+
+
+class ComputeConfig(Section):
+    """How stages compute; results may move within floating-point tolerance."""
+
+    threads: Count = 4
+    """CPU threads of a job."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the transformer. `auto`: bfloat16 where the hardware multiplies it natively."""
+    batch_seconds: Positive = 320.0
+    """Audio, padding included, that goes through the transformer at once."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Time between two checkpoints of a training stage; 0 writes one after every update."""
+
+
+class HeadConfig(Section):
+    """Utterance head of stages 1 and 4: BiLSTM, mean over valid frames, LinearP (paper, Fig. 1)."""
+
+    layer: Layer = -1
+    lstm_hidden: Count = 256
+    """Per direction."""
+    lstm_layers: Count = 1
+    projection: Count = 256
+    """Width between LinearP's two linear layers."""
+
+
+class SpecAugmentConfig(Section):
+    """Feature masking while a classifier is trained; distinct from retraining's masked prediction."""
+
+    probability: Fraction = 0.0
+    length: Count = 10
+
+
+class OptimisationConfig(Section):
+    """Adam and its schedule (paper, Sec. 4.1.2)."""
+
+    learning_rate: Positive = 1e-4
+    batch_size: Count = 64
+    """Utterances per update, whatever fits on the device at once: gradients are accumulated."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """Decay to zero, or none, after a linear warm-up."""
+    warmup: Fraction = 0.0
+    """Share of all updates."""
+    gradient_clip: Positive = 1.0
+    """Largest L2 norm of the gradient."""
+    max_clip_seconds: Positive = 10.0
+    """Longer clips are cropped at random in training; testing sees whole clips."""
+    dropout: Fraction = 0.1
+    """In the transformer: hidden states, activations and the feature projection."""
+    attention_dropout: Fraction = 0.1
+    layerdrop: Fraction = 0.0
+
+
+class MultitaskConfig(Section):
+    """Stage 1: emotion and gender from the utterance (paper, Sec. 3.1, Eq. 1)."""
+
+    encoder: Literal["trained", "frozen"] = "trained"
+    emotion_weight: Fraction = 0.9
+    """alpha_e of Eq. 1."""
+    epochs: Count = 15
+    class_weights: Literal["none", "inverse_frequency"] = "none"
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
+    optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
+
+
+class ClusteringConfig(Section):
+    """Stage 2: frame-level gender-augmented multi-scale pseudo-labels, GMPs (paper, Sec. 3.1)."""
+
+    sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(default=[64, 512, 4096], min_length=1)
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    iterations: Count = 20
+    fit_on: Literal["training", "all"] = "training"
+    """`all` also fits on the held-out frames: transductive, and labelled so in every table."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusteringConfig:
+        if len(set(self.sizes)) != len(self.sizes):
+            raise ValueError("sizes names a codebook twice")
+        return self
+
+
+class MaskConfig(Section):
+    """Span masking of HuBERT: probability x frames / length spans, which may overlap."""
+
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.8
+    length: Count = 10
+
+
+class RetrainingConfig(Section):
+    """Stage 3: masked prediction of the GMPs (paper, Sec. 3.2)."""
+
+    start: Literal["pretrained", "multitask"] = "pretrained"
+    updates: Count = 20_000
+    mask: MaskConfig = MaskConfig()
+    unmasked_weight: float = Field(0.0, ge=0)
+    """Weight of the unmasked frames in the loss; HuBERT predicts masked frames only."""
+    codebook_head: Literal["linear", "cosine"] = "linear"
+    """Linear-ReLU-Linear per codebook, or HuBERT's cosine similarity with codewords, temperature 0.1."""
+    projection: Count = 256
+    """Width between LinearP's two linear layers, or of the codewords."""
+    optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
+
+
+class FinetuningConfig(Section):
+    """Stage 4: emotion from the utterance (paper, Sec. 3.3, Eqs. 2 and 3)."""
+
+    epochs: Count = 15
+    scale: Positive = 30.0
+    """s of Eq. 2."""
+    margin: float = Field(0.2, ge=0)
+    """m of Eq. 2."""
+    head: Literal["fresh", "multitask"] = "fresh"
+    selection: Literal["last", "held_out_training_group", "oracle"] = "last"
+    """Which epoch is tested: the last; the best on one group of the training folds, which is then not
+    trained on; or the best on the test fold, which every table calls an oracle."""
+    class_weights: Literal["none", "inverse_frequency"] = "none"
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
+    optimisation: OptimisationConfig = OptimisationConfig(schedule="constant")
+
+
+class TablesConfig(Section):
+    """Which of the paper's tables a run makes."""
+
+    numbers: list[Annotated[int, Field(ge=1, le=4)]] = Field(default=[1, 2, 3, 4], min_length=1)
+    layer: Layer = -3
+    """Of the GMPs in Tables 2 and 3."""
+    layers: list[Layer] = Field(default=[-1, -2, -3, -4, -5, -6, -7, -8], min_length=1)
+    """Of the GMPs in Table 4."""
+    baseline: Literal["egemaps", "none"] = "egemaps"
+    """Classical reference in Table 2: openSMILE functionals and an SVM; openSMILE is for research use."""
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    name: Name
+    """Results go to results/<name>."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    corpus: CorpusConfig
+    classes: list[str] = Field(min_length=2)
+    """Emotions that are kept, in the order of the model's outputs; all others are listed as excluded."""
+    folds: FoldsConfig
+    encoder: EncoderConfig
+    compute: ComputeConfig = ComputeConfig()
+    head: HeadConfig = HeadConfig()
+    multitask: MultitaskConfig = MultitaskConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    retraining: RetrainingConfig = RetrainingConfig()
+    finetuning: FinetuningConfig = FinetuningConfig()
+    tables: TablesConfig = TablesConfig()
+    ablations: dict[Name, dict[str, Any]] = {}
+    """Extra rows: a name, and the keys (of multitask, clustering, retraining, finetuning, head) that it
+    changes. Stages that a change does not reach are shared with the main run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds names a seed twice")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes names an emotion twice")
+        if self.finetuning.selection == "held_out_training_group" and len(self.folds.held_out) < 3:
+            raise ValueError("finetuning.selection: held_out_training_group needs at least three folds")
+        if "main" in self.ablations:
+            raise ValueError("ablations.main: 'main' is the name of the config itself")
+        for ablation, changes in self.ablations.items():
+            foreign = sorted(set(changes) - ABLATABLE)
+            if foreign or not changes:
+                raise ValueError(
+                    f"ablations.{ablation} must change keys of {', '.join(sorted(ABLATABLE))}"
+                    + (f", not {', '.join(foreign)}" if foreign else "")
+                )
+        return self
+
+
+NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes"}}
+"""Keys that say where and how fast, not what; editing them reruns nothing."""
+
+ABLATABLE = frozenset({"multitask", "clustering", "retraining", "finetuning", "head"})
+
+
+class CorpusSlice(Section):
+    """What the corpus stage reads."""
+
+    corpus: CorpusConfig
+    classes: list[str]
+    folds: FoldsConfig
+
+
+class EncoderSlice(Section):
+    """What preparing the pre-trained encoder and computing local features read."""
+
+    encoder: EncoderConfig
+
+
+class MultitaskSlice(Section):
+    """What stage 1 reads."""
+
+    classes: list[str]
+    folds: FoldsConfig
+    compute: ComputeConfig
+    head: HeadConfig
+    multitask: MultitaskConfig
+
+
+class ClusteringSlice(Section):
+    """What layer features and clustering read."""
+
+    folds: FoldsConfig
+    compute: ComputeConfig
+    clustering: ClusteringConfig
+
+
+class FoldsSlice(Section):
+    """What the cluster statistics read."""
+
+    folds: FoldsConfig
+
+
+class RetrainingSlice(Section):
+    """What stage 3 reads."""
+
+    folds: FoldsConfig
+    compute: ComputeConfig
+    clustering: ClusteringConfig
+    retraining: RetrainingConfig
+
+
+class FinetuningSlice(Section):
+    """What stage 4 and its evaluation read."""
+
+    classes: list[str]
+    folds: FoldsConfig
+    compute: ComputeConfig
+    head: HeadConfig
+    clustering: ClusteringConfig
+    finetuning: FinetuningConfig
+
+
+class BaselineSlice(Section):
+    """What the classical reference reads."""
+
+    classes: list[str]
+    folds: FoldsConfig
+
+
+SLICES: dict[str, type[Section]] = {
+    "corpus": CorpusSlice,
+    "pretrained": EncoderSlice,
+    "local_features": EncoderSlice,
+    "multitask": MultitaskSlice,
+    "layer_features": ClusteringSlice,
+    "clustering": ClusteringSlice,
+    "cluster_statistics": FoldsSlice,
+    "retraining": RetrainingSlice,
+    "finetuning": FinetuningSlice,
+    "evaluation": FinetuningSlice,
+    "baseline": BaselineSlice,
+    "tables": Config,
+}
+"""The sections of the config that each stage reads."""
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "multitask": (),
+    "layer_features": ("multitask",),
+    "clustering": ("layer_features",),
+    "cluster_statistics": ("clustering",),
+    "retraining": ("clustering",),
+    "finetuning": ("multitask", "retraining"),
+    "evaluation": ("finetuning",),
+}
+"""Stages whose results each stage that an ablation can change builds on."""
+
+
+def parse(settings: Mapping[str, Any]) -> Config:
+    """Validate a merged mapping, and every ablation with it.
+
+    Raises:
+        UserError: names each offending key, what was found and what was expected.
+    """
+    config = _validated(settings)
+    if config.corpus.reader != "synthetic" and config.corpus.root is None:
+        raise UserError("The config is not valid:\n  corpus.root is needed: where is the corpus?")
+    for ablation in config.ablations:
+        variant(config, ablation)
+    return config
+
+
+def variant(config: Config, name: str) -> Config:
+    """The config that an ablation stands for; `main` is the config itself."""
+    if name == "main":
+        return config
+    settings = config.model_dump(mode="json")
+    _overlay(settings, config.ablations[name])
+    return _validated(settings, prefix=f"ablations.{name}: ")
+
+
+def shared_variant(config: Config, stage: str, name: str) -> str:
+    """The first variant whose results of `stage` are those of variant `name`, so that both share them."""
+    wanted = _closure(variant(config, name), stage)
+    for candidate in ("main", *config.ablations):
+        if _closure(variant(config, candidate), stage) == wanted:
+            return candidate
+    raise AssertionError("a variant equals itself")
+
+
+def slice_for(config: Config, stage: str) -> dict[str, Any]:
+    """The sections that a stage reads, as a JSON-able mapping; read back with `SLICES[stage]`."""
+    return config.model_dump(mode="json", include=set(SLICES[stage].model_fields), exclude=NOT_IN_RESULTS)
+
+
+def identity(config: Config) -> str:
+    """Twelve hexadecimal digits that name the experiment: equal for equal settings, wherever it runs."""
+    settings = config.model_dump(mode="json", exclude={"name": True, **NOT_IN_RESULTS})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _validated(settings: Mapping[str, Any], prefix: str = "") -> Config:
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = [
+            f"  {prefix}{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']}"
+            + ("" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})")
+            for problem in error.errors()
+        ]
+        raise UserError(
+            "The config is not valid:\n"
+            + "\n".join(lines)
+            + '\nEvery key is described in docs/config.md; in YAML write 1.0e-4, not 1e-4, and quote ids such as "03".'
+        ) from None
+
+
+def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
+            _overlay(settings[key], value)
+        else:
+            settings[key] = copy.deepcopy(value)
+
+
+def _closure(config: Config, stage: str) -> str:
+    """What the results of `stage` depend on, upstream included, as text."""
+    stages, frontier = set(), {stage}
+    while frontier:
+        stages |= frontier
+        frontier = {upstream for each in frontier for upstream in UPSTREAM[each]} - stages
+    return json.dumps({each: slice_for(config, each) for each in sorted(stages)}, sort_keys=True)
