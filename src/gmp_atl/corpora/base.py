@@ -1,0 +1,143 @@
+"""What every reader returns, and what readers share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from gmp_atl.audio import SAMPLE_RATE
+from gmp_atl.errors import UserError
+
+T = TypeVar("T")
+
+NO_LABEL = "audio without a label"
+NO_AUDIO = "label without audio"
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One labelled clip."""
+
+    id: str
+    path: str
+    """POSIX, relative to the corpus's audio root."""
+    speaker: str
+    gender: Literal["female", "male"]
+    session: str
+    emotion: str
+    text_type: str
+    """improvised or scripted; empty where the corpus does not say."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A published statistic that the corpus at hand does not show."""
+
+    quantity: str
+    expected: float
+    found: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """Statistics of the full release: utterances per (emotion or gender, session), minutes per emotion."""
+
+    counts: Mapping[tuple[str, str], int]
+    minutes: Mapping[str, float]
+
+    def differences(self, utterances: Sequence[Utterance], n_samples: Mapping[str, int]) -> list[Difference]:
+        """What differs from the release, given the length of each utterance (id: samples at 16 kHz)."""
+        counts: Counter[tuple[str, str]] = Counter()
+        samples: Counter[str] = Counter()
+        for each in utterances:
+            counts[each.emotion, each.session] += 1
+            counts[each.gender, each.session] += 1
+            samples[each.emotion] += n_samples[each.id]
+        minutes = {emotion: samples[emotion] / SAMPLE_RATE / 60 for emotion in self.minutes}
+        return [
+            Difference(f"{what}, {session}", expected, counts[what, session])
+            for (what, session), expected in self.counts.items()
+            if counts[what, session] != expected
+        ] + [
+            Difference(f"{emotion}, minutes", expected, round(minutes[emotion], 1))
+            for emotion, expected in self.minutes.items()
+            if abs(minutes[emotion] - expected) > 0.1  # published to a tenth of a minute
+        ]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A release on disk: every utterance found is either in `utterances` or, with the reason, in `excluded`."""
+
+    name: str
+    audio_root: Path
+    utterances: list[Utterance]
+    excluded: dict[str, str]
+    """id: reason."""
+    published: Published | None = None
+    """What a full release holds, where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Generic[T]):
+    """Something that a release says about an utterance, and where it says so (a file, or file and line)."""
+
+    id: str
+    place: str
+    value: T
+
+
+def by_id(found: Iterable[Found[T]]) -> dict[str, T]:
+    """Values by utterance id.
+
+    Raises:
+        UserError: an id occurs twice; names both places.
+    """
+    first: dict[str, Found[T]] = {}
+    for each in found:
+        if (other := first.setdefault(each.id, each)) is not each:
+            raise UserError(
+                f"{each.id} occurs twice: {other.place} and {each.place}. Every utterance needs one id; remove the "
+                "copy or rename one of the two."
+            )
+    return {id: each.value for id, each in first.items()}
+
+
+def audio_files(root: Path, *suffixes: str) -> Iterator[Found[Path]]:
+    """Files below `root` with one of the suffixes, by stem; hidden ones (macOS leaves `._*`) are none."""
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            yield Found(path.stem, str(path), path)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UserError: unreadable, or not UTF-8; names the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text. Convert the file to UTF-8, or restore it.") from None
+
+
+def require_known(classes: Sequence[str], known: Iterable[str], corpus: str) -> None:
+    """Raise a UserError if the config asks for an emotion that the corpus does not label."""
+    known = sorted(set(known))
+    unknown = [each for each in classes if each not in known]
+    if unknown:
+        raise UserError(f"classes: {corpus} has no {', '.join(unknown)}; it has {', '.join(known)}.")
+
+
+def not_used(label: str) -> str:
+    """The reason for excluding an utterance whose label is none of the config's classes."""
+    return f"label {label} is not used"

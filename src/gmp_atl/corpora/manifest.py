@@ -1,0 +1,138 @@
+"""A corpus of your own: a CSV or Parquet manifest with one row per clip.
+
+- path: audio file, relative to the manifest's folder or absolute
+- speaker: any name
+- gender: female or male (f and m will do)
+- emotion: any name; rows whose emotion is none of `classes` are listed as excluded
+- session: optional, what a fold can hold out; by default the speaker
+- id: optional, by default the path without its suffix
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from gmp_atl.config import GENDERS
+from gmp_atl.corpora.base import NO_AUDIO, Corpus, Found, Utterance, by_id, not_used, read_text
+from gmp_atl.errors import UserError
+
+REQUIRED = ("path", "speaker", "gender", "emotion")
+OPTIONAL = ("id", "session")
+_GENDER_OF: dict[str, Literal["female", "male"]] = {"female": "female", "f": "female", "male": "male", "m": "male"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    place: str
+    """File and line of a CSV, file and row (from 1) of a Parquet file."""
+    cells: dict[str, str]
+
+
+def read(manifest: Path, classes: Sequence[str]) -> Corpus:
+    """Read a manifest; audio paths in the result are relative to its folder.
+
+    Raises:
+        UserError: names file, line and column of whatever is missing or malformed.
+    """
+    if not manifest.is_file():
+        raise UserError(f"corpus.root: {manifest} is not a file; expected a manifest, CSV or Parquet.")
+    match manifest.suffix.lower():
+        case ".csv":
+            rows = _csv_rows(manifest)
+        case ".parquet":
+            rows = _parquet_rows(manifest)
+        case suffix:
+            raise UserError(f"corpus.root: {manifest} ends in {suffix!r}; a manifest ends in .csv or .parquet.")
+    utterances = by_id(Found(utterance.id, place, utterance) for place, utterance in _utterances(rows, manifest.parent))
+    corpus = Corpus(manifest.stem, manifest.parent, [], {})
+    for id, utterance in utterances.items():
+        if utterance.emotion not in classes:
+            corpus.excluded[id] = not_used(utterance.emotion)
+        elif not (manifest.parent / utterance.path).exists():
+            corpus.excluded[id] = NO_AUDIO
+        else:
+            corpus.utterances.append(utterance)
+    return corpus
+
+
+def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[tuple[str, Utterance]]:
+    """Each row's place, and what it says."""
+    gender_of: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        cells = row.cells
+        for column, value in cells.items():
+            if not value:
+                raise UserError(f"{row.place}: column {column} is empty.")
+        gender = _GENDER_OF.get(cells["gender"].lower())
+        if gender is None:
+            raise UserError(f"{row.place}: gender {cells['gender']!r}; expected {' or '.join(GENDERS)}.")
+        known, place = gender_of.setdefault(cells["speaker"], (gender, row.place))
+        if known != gender:
+            raise UserError(f"{row.place}: speaker {cells['speaker']} is {gender} here and {known} at {place}.")
+        path = PurePath(cells["path"])
+        if (folder / path).exists() and not (folder / path).is_file():
+            raise UserError(f"{row.place}: {path} is not a regular file; expected audio.")
+        yield (
+            row.place,
+            Utterance(
+                id=cells.get("id", path.with_suffix("").as_posix()),
+                path=path.as_posix(),
+                speaker=cells["speaker"],
+                gender=gender,
+                session=cells.get("session", cells["speaker"]),
+                emotion=cells["emotion"],
+                text_type="",
+            ),
+        )
+
+
+def _csv_rows(manifest: Path) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(read_text(manifest), newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _require_columns(header, manifest)
+        for cells in reader:
+            place = f"{manifest}:{reader.line_num}"
+            if not cells:  # a blank line
+                continue
+            if len(cells) != len(header):
+                raise UserError(f"{place}: {len(cells)} columns, but the header has {len(header)}.")
+            yield _Row(place, _wanted(dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{manifest}:{reader.line_num}: not well-formed CSV ({error}).") from None
+
+
+def _parquet_rows(manifest: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(manifest).read()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{manifest} is not a readable Parquet file ({error}).") from None
+    _require_columns(table.column_names, manifest)
+    for number, cells in enumerate(table.to_pylist(), start=1):
+        yield _Row(f"{manifest}, row {number}", _wanted(cells))
+
+
+def _wanted(cells: dict[str, Any]) -> dict[str, str]:
+    """The columns of a manifest as stripped text, nulls empty; other columns are the user's own."""
+    known = {name: cells[name] for name in (*REQUIRED, *OPTIONAL) if name in cells}
+    return {name: "" if value is None else str(value).strip() for name, value in known.items()}
+
+
+def _require_columns(found: Sequence[str], manifest: Path) -> None:
+    missing = [name for name in REQUIRED if name not in found]
+    if missing:
+        raise UserError(
+            f"{manifest}: column {', '.join(missing)} is missing; expected {', '.join(REQUIRED)}, and optionally "
+            f"{', '.join(OPTIONAL)}; found {', '.join(found) or 'none'}."
+        )
+    twice = sorted({name for name in found if list(found).count(name) > 1})
+    if twice:
+        raise UserError(f"{manifest}: column {', '.join(twice)} occurs twice.")

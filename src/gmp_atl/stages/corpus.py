@@ -1,0 +1,177 @@
+"""Stage 0: a speech corpus on disk becomes the utterance table that every later stage reads."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+
+from gmp_atl import audio
+from gmp_atl.config import GENDERS, CorpusSlice, FoldsConfig
+from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
+from gmp_atl.errors import UserError
+from gmp_atl.folds import check_folds
+from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 4  # decoding releases the interpreter's lock; more threads than this wait for the disk
+_TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
+
+
+def corpus(*, config: CorpusSlice, root: Path, utterances: Path, excluded: Path, summary: Path) -> None:
+    """Read and check the corpus at `root`; write the utterances, what was left out and why, and Table 1's counts.
+
+    Every clip is decoded once, so that a damaged one is found here and not hours into training.
+
+    Raises:
+        UserError: no corpus there, a class without utterances, folds that do not fit, or an incomplete IEMOCAP
+            that the config does not allow.
+    """
+    found = read_corpus(config.corpus.reader, root, config.classes, allow_partial=config.corpus.allow_partial)
+    n_samples, rejected = _inspect(found)
+    kept = sorted((each for each in found.utterances if each.id in n_samples), key=lambda u: (u.session, u.id))
+    reasons = dict(sorted((found.excluded | rejected).items()))
+    complete = _is_complete(found, kept, n_samples, reasons, allow_partial=config.corpus.allow_partial)
+    _require_classes(config.classes, found, kept, reasons)
+    table = pa.Table.from_pylist([_row(each, n_samples[each.id]) for each in kept], schema=UTTERANCES.schema)
+    check_folds(table, config.folds)
+
+    UTTERANCES.write(utterances, table, corpus=found.name, complete=complete)
+    exclusions = pa.table([list(reasons), list(reasons.values())], schema=EXCLUDED.schema)
+    EXCLUDED.write(excluded, exclusions)
+    CORPUS_SUMMARY.write(
+        summary,
+        _summary(config.classes, kept, n_samples),
+        corpus=found.name,
+        complete=complete,
+        classes=config.classes,
+        excluded=dict(Counter(reasons.values()).most_common()),
+    )
+    _log(found.name, config.classes, config.folds, kept, n_samples, reasons)
+
+
+def _row(utterance: Utterance, n_samples: int) -> dict[str, str | int]:
+    columns = {name: getattr(utterance, name) for name in UTTERANCES.schema.names if name != "n_samples"}
+    return {**columns, "n_samples": n_samples}
+
+
+def _inspect(found: Corpus) -> tuple[dict[str, int], dict[str, str]]:
+    """Decode every clip: the length (samples at 16 kHz) of the usable ones, the reason against the others."""
+    n_samples: dict[str, int] = {}
+    rejected: dict[str, str] = {}
+    mixed_down = 0
+
+    def info(utterance: Utterance) -> audio.AudioInfo | audio.AudioError:
+        try:
+            return audio.inspect(found.audio_root / utterance.path)
+        except audio.AudioError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for utterance, result in zip(found.utterances, pool.map(info, found.utterances), strict=True):
+            if isinstance(result, audio.AudioError):
+                logger.warning("%s: excluded: %s", utterance.id, result)
+                rejected[utterance.id] = result.problem
+            elif result.n_samples < audio.MIN_SAMPLES:
+                rejected[utterance.id] = _TOO_SHORT
+            else:
+                n_samples[utterance.id] = result.n_samples
+                mixed_down += result.channels > 1
+    if mixed_down:
+        logger.info("%d clips have several channels, which are averaged.", mixed_down)
+    return n_samples, rejected
+
+
+def _is_complete(
+    found: Corpus,
+    kept: list[Utterance],
+    n_samples: Mapping[str, int],
+    reasons: Mapping[str, str],
+    *,
+    allow_partial: bool,
+) -> bool:
+    """Whether the corpus shows the published statistics; if it must and does not, a UserError lists them."""
+    differences = found.published.differences(kept, n_samples) if found.published else []
+    if differences and not allow_partial:
+        raise UserError(
+            f"{found.name} at {found.audio_root} is not the full release:\n{_difference_table(differences)}\n"
+            f"Excluded: {_by_reason(reasons)}.\nRestore the release, or set corpus.allow_partial: true; every table "
+            "then says that the corpus is partial."
+        )
+    if differences:
+        logger.warning("%s is partial:\n%s", found.name, _difference_table(differences))
+    return not differences
+
+
+def _require_classes(classes: list[str], found: Corpus, kept: list[Utterance], reasons: Mapping[str, str]) -> None:
+    absent = [name for name in classes if name not in {each.emotion for each in kept}]
+    if absent:
+        raise UserError(
+            f"{found.name} at {found.audio_root} has no usable utterance of {', '.join(absent)}. "
+            f"Kept: {len(kept)}; excluded: {_by_reason(reasons)}. Check corpus.root and classes."
+        )
+
+
+def _summary(classes: list[str], kept: list[Utterance], n_samples: Mapping[str, int]) -> pa.Table:
+    """Utterances and samples per emotion (in the config's order), session and gender."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    samples: Counter[tuple[str, str, str]] = Counter()
+    for each in kept:
+        group = each.emotion, each.session, each.gender
+        counts[group] += 1
+        samples[group] += n_samples[each.id]
+    order = sorted(counts, key=lambda group: (classes.index(group[0]), *group[1:]))
+    rows = [dict(zip(CORPUS_SUMMARY.schema.names, (*g, counts[g], samples[g]), strict=True)) for g in order]
+    return pa.Table.from_pylist(rows, schema=CORPUS_SUMMARY.schema)
+
+
+def _log(
+    name: str,
+    classes: list[str],
+    folds: FoldsConfig,
+    kept: list[Utterance],
+    n_samples: Mapping[str, int],
+    reasons: Mapping[str, str],
+) -> None:
+    """Print what was found: a row per fold, female/male utterances per class."""
+    rows = [["fold", "held out", *classes, "all", "minutes"]]
+    members = [[each for each in kept if getattr(each, folds.by) in group] for group in folds.held_out]
+    labels = [(str(n), " ".join(group)) for n, group in enumerate(folds.held_out, start=1)]
+    for (fold, group), utterances in zip([*labels, ("all", "")], [*members, kept], strict=True):
+        of_class = [[each for each in utterances if each.emotion == emotion] for emotion in classes]
+        minutes = sum(n_samples[each.id] for each in utterances) / audio.SAMPLE_RATE / 60
+        rows.append([fold, group, *map(_female_male, of_class), _female_male(utterances), f"{minutes:.1f}"])
+    logger.info(
+        "%s: %d utterances of %d speakers; female/male utterances by fold and class:\n%s\nexcluded: %s",
+        name,
+        len(kept),
+        len({each.speaker for each in kept}),
+        _aligned(rows),
+        _by_reason(reasons),
+    )
+
+
+def _female_male(utterances: list[Utterance]) -> str:
+    counts = Counter[str](each.gender for each in utterances)
+    return "/".join(str(counts[gender]) for gender in GENDERS)
+
+
+def _difference_table(differences: Iterable[Difference]) -> str:
+    return _aligned(
+        [["quantity", "expected", "found"], *([d.quantity, f"{d.expected:g}", f"{d.found:g}"] for d in differences)]
+    )
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    counts = Counter(reasons.values()).most_common()
+    return ", ".join(f"{count} ({reason})" for reason, count in counts) or "none"

@@ -1,0 +1,23 @@
+"""The demo's corpus: a small release of acted, synthetic speech, so that everything runs without a licence."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from pathlib import Path
+
+from gmp_atl.corpora.synthetic import synthesise
+from gmp_atl.formats import write_text
+
+
+def synthesis(*, output: Path) -> None:
+    """Synthesise the release into the folder of `output`; `output`, written last, lists each file and its SHA-256."""
+    files = synthesise(output.parent)
+    index = io.StringIO(newline="")
+    rows = csv.writer(index, lineterminator="\n")
+    rows.writerow(["path", "sha256"])
+    for path in files:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows.writerow([path.relative_to(output.parent).as_posix(), digest])
+    write_text(output, index.getvalue())
