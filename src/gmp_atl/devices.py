@@ -1,0 +1,42 @@
+"""Which device a job computes on, and in which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from gmp_atl.errors import UserError
+
+
+def resolve(gpus: int) -> torch.device:
+    """The device for a job that was given `gpus` GPUs by Snakemake.
+
+    Raises:
+        UserError: a GPU was given but none is usable; a silent CPU run would take weeks.
+    """
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "This job was given a GPU (resources: gpu=1), but torch finds no usable CUDA device here. Check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU with --workflow-profile workflow/profiles/cpu."
+        )
+    return torch.device("cuda")
+
+
+def dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of matrix products; `auto` is bfloat16 where the device multiplies it natively."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def autocast(device: torch.device, compute: torch.dtype) -> AbstractContextManager[object]:
+    """Matrix products in `compute`; weights, sums and losses stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16)
+
+
+def _cpu_has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,427 @@
+"""HuBERT in two halves: the convolutions, run once per clip, and the transformer, run in every stage.
+
+HuBERT base normalises over *time* in its first convolution, so zero padding changes every frame of a clip.
+The convolutions therefore run on single unpadded clips and their output is cached ("local features"); only
+the transformer sees batches, with an attention mask. Then the features of a clip do not depend on its batch.
+
+Parameter names and `config.json` are those of transformers' `HubertModel`, which loads what `save` writes.
+Architecture: Hsu et al., "HuBERT", TASLP 2021, Sec. II and Table I.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from gmp_atl.config import ScratchEncoderConfig
+from gmp_atl.errors import UserError
+from gmp_atl.formats import atomic, write_text
+
+CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
+RECEPTIVE_FIELD = 400
+"""Samples that one frame sees."""
+HOP = 320
+"""Samples between two frames: 50 frames per second."""
+_METADATA = "gmp_atl"
+
+
+def n_frames(n_samples: int) -> int:
+    """Frames that the convolutions make of a clip; none for a clip shorter than the receptive field."""
+    for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True):
+        n_samples = (n_samples - kernel) // stride + 1
+    return max(0, n_samples)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What of a HuBERT `config.json` shapes the network."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    conv_dim: tuple[int, ...]
+    conv_bias: bool = False
+    feat_extract_norm: str = "group"
+    feat_proj_layer_norm: bool = True
+    do_stable_layer_norm: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], source: Path) -> Architecture:
+        """Read `config.json` of a HuBERT.
+
+        Raises:
+            UserError: another model, other strides, or an option that this encoder does not have.
+        """
+        expected = {
+            "model_type": "hubert",
+            "conv_kernel": list(CONV_KERNELS),
+            "conv_stride": list(CONV_STRIDES),
+            "hidden_act": "gelu",
+            "feat_extract_activation": "gelu",
+            "conv_pos_batch_norm": False,
+        }
+        for key, value in expected.items():
+            if config.get(key, value) != value:
+                raise UserError(f"{source}: {key} is {config[key]!r}, but only {value!r} is supported.")
+        try:
+            fields = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+            return cls(**{**fields, "conv_dim": tuple(config["conv_dim"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{source} is not the config.json of a HuBERT: {error} is missing.") from None
+
+    def to_config(self) -> dict[str, Any]:
+        """A `config.json` from which `HubertModel.from_pretrained` builds the same network."""
+        return {
+            "architectures": ["HubertModel"],
+            "model_type": "hubert",
+            "conv_kernel": list(CONV_KERNELS),
+            "conv_stride": list(CONV_STRIDES),
+            "num_feat_extract_layers": len(CONV_KERNELS),
+            "hidden_act": "gelu",
+            "feat_extract_activation": "gelu",
+            **asdict(self),
+            "conv_dim": list(self.conv_dim),
+        }
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """Random perturbations of the transformer in training; evaluation has none of them."""
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layerdrop: float = 0.0
+
+
+class Encoder(nn.Module):
+    """HuBERT. Layers are counted from the end, as in the paper: -1 is the last of the transformer."""
+
+    def __init__(self, architecture: Architecture, regularisation: Regularisation | None = None) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.feature_extractor = Convolutions(architecture)
+        self.feature_projection = FeatureProjection(architecture)
+        self.masked_spec_embed = nn.Parameter(torch.empty(architecture.hidden_size).uniform_())
+        self.encoder = Transformer(architecture)
+        self.regularisation = regularisation or Regularisation()
+        self.feature_extractor.requires_grad_(False)
+
+    def local_features(self, audio: Tensor) -> Tensor:
+        """Output of the convolutions for one unpadded clip: (samples,) at 16 kHz to (frames, conv_dim[-1])."""
+        features: Tensor = self.feature_extractor(audio[None])
+        return features[0].T
+
+    def forward(self, local: Tensor, lengths: Tensor, layer: int = -1, mask: Tensor | None = None) -> Tensor:
+        """Hidden states of one layer; see `hidden_states`."""
+        return self.hidden_states(local, lengths, [layer], mask)[layer]
+
+    def hidden_states(
+        self, local: Tensor, lengths: Tensor, layers: Sequence[int], mask: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Hidden states of several layers in one pass, which ends at the deepest of them.
+
+        Args:
+            local: local features, (batch, frames, conv_dim[-1]), padded with anything.
+            lengths: valid frames per clip, (batch,), on the CPU.
+            layers: counted from the end, -1 to -number of layers.
+            mask: frames replaced by the mask embedding, (batch, frames) of bool.
+
+        Returns:
+            One (batch, frames, hidden_size) per layer; what stands at padded frames has no meaning.
+        """
+        valid = (torch.arange(local.shape[1]) < lengths[:, None]).to(local.device, non_blocking=True)
+        # Without padding no attention mask is needed, which lets the fastest attention kernels run.
+        attend = None if int(lengths.min()) == local.shape[1] else valid[:, None, None, :]
+        regularisation = self.regularisation if self.training else Regularisation()
+        hidden = self.feature_projection(local.masked_fill(~valid[..., None], 0.0))
+        hidden = F.dropout(hidden, regularisation.dropout, self.training)
+        if mask is not None:
+            hidden = torch.where(mask[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
+        # The position embedding is a convolution: what stands in the padding would reach valid frames.
+        hidden = hidden.masked_fill(~valid[..., None], 0.0)
+        return self.encoder(hidden, attend, self.depths(layers), regularisation)
+
+    def depths(self, layers: Iterable[int]) -> dict[int, int]:
+        """How many transformer layers must run for each layer asked for."""
+        count = self.architecture.num_hidden_layers
+        absent = [layer for layer in layers if not -count <= layer <= -1]
+        if absent:
+            raise UserError(f"Layer {absent[0]} is asked for, but this HuBERT has layers -1 to -{count}.")
+        return {layer: count + 1 + layer for layer in layers}
+
+
+class Convolutions(nn.Module):
+    """Seven convolutions from waveform to 50 frames per second."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        channels = (1, *architecture.conv_dim)
+        self.conv_layers = nn.ModuleList(
+            ConvLayer(architecture, channels[i], channels[i + 1], CONV_KERNELS[i], CONV_STRIDES[i], first=i == 0)
+            for i in range(len(CONV_KERNELS))
+        )
+
+    def forward(self, audio: Tensor) -> Tensor:
+        hidden = audio[:, None]
+        for layer in self.conv_layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class ConvLayer(nn.Module):
+    """Convolution, normalisation (over time in the first layer of base, over channels in large), GELU."""
+
+    def __init__(
+        self, architecture: Architecture, channels_in: int, channels_out: int, kernel: int, stride: int, *, first: bool
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels_in, channels_out, kernel, stride, bias=architecture.conv_bias)
+        self.over_channels = architecture.feat_extract_norm == "layer"
+        self.layer_norm: nn.Module = nn.Identity()
+        if self.over_channels:
+            self.layer_norm = nn.LayerNorm(channels_out)
+        elif first:
+            self.layer_norm = nn.GroupNorm(channels_out, channels_out)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.conv(hidden)
+        hidden = (
+            self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2) if self.over_channels else self.layer_norm(hidden)
+        )
+        return F.gelu(hidden)
+
+
+class FeatureProjection(nn.Module):
+    """Layer normalisation and projection of the local features to the transformer's width."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width = architecture.conv_dim[-1]
+        self.layer_norm = (
+            nn.LayerNorm(width, eps=architecture.layer_norm_eps) if architecture.feat_proj_layer_norm else nn.Identity()
+        )
+        self.projection = nn.Linear(width, architecture.hidden_size)
+
+    def forward(self, local: Tensor) -> Tensor:
+        projected: Tensor = self.projection(self.layer_norm(local))
+        return projected
+
+
+class Transformer(nn.Module):
+    """Convolutional position embedding and the layers; post-norm in base, pre-norm in large."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.pre_norm = architecture.do_stable_layer_norm
+        self.pos_conv_embed = PositionEmbedding(architecture)
+        self.layer_norm = nn.LayerNorm(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        self.layers = nn.ModuleList(TransformerLayer(architecture) for _ in range(architecture.num_hidden_layers))
+
+    def forward(
+        self, hidden: Tensor, attend: Tensor | None, depths: dict[int, int], regularisation: Regularisation
+    ) -> dict[int, Tensor]:
+        hidden = hidden + self.pos_conv_embed(hidden)
+        if not self.pre_norm:
+            hidden = self.layer_norm(hidden)
+        hidden = F.dropout(hidden, regularisation.dropout, self.training)
+        states: dict[int, Tensor] = {}
+        for depth, layer in enumerate(self.layers[: max(depths.values())], start=1):
+            if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
+                hidden = layer(hidden, attend, regularisation)
+            states[depth] = hidden
+        if self.pre_norm and len(self.layers) in states:
+            states[len(self.layers)] = self.layer_norm(hidden)
+        return {layer: states[depth] for layer, depth in depths.items()}
+
+
+class PositionEmbedding(nn.Module):
+    """Relative positions through a wide grouped convolution."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, kernel = architecture.hidden_size, architecture.num_conv_pos_embeddings
+        groups = architecture.num_conv_pos_embedding_groups
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, std=2 * math.sqrt(1 / (kernel * width)))
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.conv = weight_norm(conv, name="weight", dim=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        n = hidden.shape[1]
+        return F.gelu(self.conv(hidden.transpose(1, 2))[..., :n]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the valid frames."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width = architecture.hidden_size
+        self.heads = architecture.num_attention_heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+        query, key, value = (
+            projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(architecture.hidden_size, architecture.intermediate_size)
+        self.output_dense = nn.Linear(architecture.intermediate_size, architecture.hidden_size)
+
+    def forward(self, hidden: Tensor, dropout: float) -> Tensor:
+        inner = F.dropout(F.gelu(self.intermediate_dense(hidden)), dropout, self.training)
+        return F.dropout(self.output_dense(inner), dropout, self.training)
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward network, each with a residual connection and layer normalisation."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, eps = architecture.hidden_size, architecture.layer_norm_eps
+        self.pre_norm = architecture.do_stable_layer_norm
+        self.attention = Attention(architecture)
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.feed_forward = FeedForward(architecture)
+        self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, hidden: Tensor, attend: Tensor | None, regularisation: Regularisation) -> Tensor:
+        dropout, attention_dropout = regularisation.dropout, regularisation.attention_dropout
+        if self.pre_norm:
+            mixed = self.attention(self.layer_norm(hidden), attend, attention_dropout)
+            hidden = hidden + F.dropout(mixed, dropout, self.training)
+            return hidden + self.feed_forward(self.final_layer_norm(hidden), dropout)
+        mixed = self.attention(hidden, attend, attention_dropout)
+        hidden = self.layer_norm(hidden + F.dropout(mixed, dropout, self.training))
+        out: Tensor = self.final_layer_norm(hidden + self.feed_forward(hidden, dropout))
+        return out
+
+
+def from_scratch(config: ScratchEncoderConfig) -> Encoder:
+    """A HuBERT with seeded random weights, initialised as transformers does; equal seeds, equal weights."""
+    architecture = Architecture(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.feed_forward,
+        conv_dim=(config.conv_channels,) * len(CONV_KERNELS),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = Encoder(architecture)
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for layer in encoder.feature_extractor.conv_layers:
+            nn.init.kaiming_normal_(layer.conv.weight)  # type: ignore[union-attr,arg-type]
+    return encoder
+
+
+def save(encoder: Encoder, folder: Path, /, **metadata: Any) -> None:
+    """Write `config.json` and `model.safetensors`; metadata is kept inside the latter."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_tensors(tensors, folder / "model.safetensors", **metadata)
+    write_text(folder / "config.json", json.dumps(encoder.architecture.to_config(), indent=2, sort_keys=True) + "\n")
+
+
+def load(folder: Path, regularisation: Regularisation | None = None) -> tuple[Encoder, dict[str, Any]]:
+    """An encoder that `save` wrote, or any Hugging Face HuBERT in safetensors, and its metadata.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are not those of the config.
+    """
+    encoder = load_architecture(folder, regularisation)
+    weights = folder / "model.safetensors"
+    tensors, metadata = load_tensors(weights)
+    load_weights(encoder, tensors, weights)
+    return encoder, metadata
+
+
+def load_architecture(folder: Path, regularisation: Regularisation | None = None) -> Encoder:
+    """The network that `config.json` in `folder` describes, its weights yet to be loaded."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {folder} should hold config.json and model.safetensors.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}).") from None
+    return Encoder(Architecture.from_config(config, path), regularisation)
+
+
+def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> None:
+    """Fill an encoder from a state dict of any HuBERT checkpoint, whatever head it was saved with."""
+    expected = encoder.state_dict()
+    renamed = {_canonical(name): tensor for name, tensor in tensors.items()}
+    missing = sorted(set(expected) - set(renamed))
+    misshapen = [name for name in expected if name in renamed and expected[name].shape != renamed[name].shape]
+    if missing or misshapen:
+        raise UserError(
+            f"{source} does not fit its config.json: missing {missing[:3] or 'nothing'}, of another shape "
+            f"{misshapen[:3] or 'nothing'} ({len(missing)} and {len(misshapen)} in all)."
+        )
+    encoder.load_state_dict({name: renamed[name].float() for name in expected})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, /, **metadata: Any) -> None:
+    """Write a safetensors file atomically, with a JSON object of metadata in its header."""
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a safetensors file; foreign files have no metadata.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header.get(_METADATA, "{}"))  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}).") from None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _canonical(name: str) -> str:
+    """Parameter name as in a bare HubertModel of today's torch."""
+    name = name.removeprefix("hubert.")
+    name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
+    return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
