@@ -1,0 +1,83 @@
+"""HuBERT with the utterance head: the model of stages 1 and 4, and how it is applied to whole clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmp_atl import devices
+from gmp_atl import encoder as encoders
+from gmp_atl.clips import Batch, Clips, collate, whole, within_budget
+from gmp_atl.config import ComputeConfig, HeadConfig, SpecAugmentConfig
+from gmp_atl.encoder import Encoder
+from gmp_atl.errors import UserError
+from gmp_atl.heads import UtteranceHead
+from gmp_atl.masking import span_mask
+
+
+class Classifier(nn.Module):
+    """Encoder, read at one layer, and utterance head."""
+
+    def __init__(self, encoder: Encoder, config: HeadConfig, tasks: Mapping[str, int], *, cosine: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.layer = encoder, config.layer
+        encoder.depths([config.layer])
+        self.head = UtteranceHead(encoder.architecture.hidden_size, config, tasks, cosine=cosine)
+
+    def forward(self, batch: Batch, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits, or cosines, per task: (batch, classes) in float32."""
+        return self.head(self.encoder(batch.local, batch.lengths, self.layer, mask), batch.lengths)
+
+
+def save(model: Classifier, folder: Path, /, **metadata: Any) -> None:
+    """Write encoder (Hugging Face style) and `head.safetensors`, each with the metadata."""
+    encoders.save(model.encoder, folder, **metadata)
+    head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head.state_dict().items()}
+    encoders.save_tensors(head, folder / "head.safetensors", **metadata)
+
+
+def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> None:
+    """Fill the head from a folder that `save` wrote; not strict: only what both have, in equal shapes."""
+    path = folder / "head.safetensors"
+    tensors, _ = encoders.load_tensors(path)
+    own = model.head.state_dict()
+    fitting = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
+    if strict and fitting.keys() != own.keys():
+        raise UserError(f"{path} is not the head that the config describes; delete it and run snakemake again.")
+    model.head.load_state_dict(fitting, strict=False)
+
+
+def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor | None:
+    """Frames to mask while a classifier is trained, or None where that is off."""
+    if config.probability == 0:
+        return None
+    return span_mask(batch.lengths, config.probability, config.length, generator).to(batch.local.device)
+
+
+def class_weights(labels: Tensor, classes: list[str], kind: str) -> Tensor:
+    """Weight of each class in the loss, with mean one over the clips: all one, or inverse to its frequency.
+
+    Raises:
+        UserError: a class has no training clip.
+    """
+    counts = torch.bincount(labels, minlength=len(classes)).float()
+    absent = [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]
+    if absent:
+        raise UserError(f"No training utterance of this fold is {' or '.join(absent)}; change folds or classes.")
+    return torch.ones_like(counts) if kind == "none" else counts.sum() / (len(classes) * counts)
+
+
+@torch.inference_mode()
+def apply(model: Classifier, clips: Clips, task: str, compute: ComputeConfig, device: torch.device) -> Tensor:
+    """Logits, or cosines, of whole clips: (clips, classes) in float32, in the order of `clips`."""
+    outputs: dict[int, Tensor] = {}
+    for crops in within_budget(whole(clips), compute.batch_seconds):
+        batch = collate(clips, crops, device)
+        with devices.autocast(device, devices.dtype(compute.precision, device)):
+            logits = model(batch)[task].cpu()
+        outputs.update(zip(batch.indices, logits, strict=True))
+    return torch.stack([outputs[index] for index in range(len(clips.ids))])

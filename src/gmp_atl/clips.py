@@ -1,0 +1,132 @@
+"""Local features of many clips in memory, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmp_atl.audio import SAMPLE_RATE
+from gmp_atl.encoder import HOP
+from gmp_atl.errors import UserError
+from gmp_atl.folds import Split
+from gmp_atl.formats import LOCAL_FEATURES, read_features
+
+FRAME_SECONDS = HOP / SAMPLE_RATE
+_POOL = 50
+"""Batches whose clips are sorted by length together: large enough to leave 1-2 % padding, small enough to mix."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips of a split, in the order of its utterances."""
+
+    ids: list[str]
+    local: list[np.ndarray]
+    """Local features per clip, float16, (frames, dimensions)."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Frames per clip, (clips,)."""
+        return np.array([len(frames) for frames in self.local])
+
+    @classmethod
+    def read(cls, path: Path, split: Split, *, encoder: str) -> Clips:
+        """The local features of a split, and of nothing else; `encoder` is the one they must come from.
+
+        Raises:
+            UserError: an utterance is missing, or the features are those of another encoder.
+        """
+        found, metadata = read_features(LOCAL_FEATURES, path, set(split.ids))
+        if metadata["encoder"] != encoder:
+            raise UserError(
+                f"{path} holds features of {metadata['encoder']}, but the model is built on {encoder}; delete it and "
+                "run snakemake again."
+            )
+        return cls(split.ids, [found[utterance] for utterance in split.ids])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips, possibly cropped, padded to the longest of them."""
+
+    indices: list[int]
+    """Positions in the `Clips`."""
+    starts: list[int]
+    """First frame of each crop."""
+    local: Tensor
+    """(batch, frames, dimensions) in float32, zero where padded, on the device."""
+    lengths: Tensor
+    """Valid frames, (batch,), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A stretch of frames of one clip."""
+
+    index: int
+    start: int
+    length: int
+
+
+def collate(clips: Clips, crops: Sequence[Crop], device: torch.device) -> Batch:
+    """Pad crops into one batch."""
+    longest = max(crop.length for crop in crops)
+    local = torch.zeros(len(crops), longest, clips.local[0].shape[1])
+    for row, crop in zip(local, crops, strict=True):
+        frames = clips.local[crop.index][crop.start : crop.start + crop.length]
+        row[: crop.length] = torch.from_numpy(frames.astype(np.float32))
+    return Batch(
+        [crop.index for crop in crops],
+        [crop.start for crop in crops],
+        local.to(device, non_blocking=True),
+        torch.tensor([crop.length for crop in crops]),
+    )
+
+
+def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) -> list[list[int]]:
+    """All clips once, in batches of `size` clips of similar length, in random order.
+
+    The last batch is smaller if the number of clips is no multiple of `size`.
+    """
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    batches = []
+    for pool in range(0, len(order), size * _POOL):
+        members = order[pool : pool + size * _POOL]
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += [members[i : i + size].tolist() for i in range(0, len(members), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def within_budget(crops: Sequence[Crop], seconds: float) -> Iterator[list[Crop]]:
+    """Split crops into groups that, padded, hold at most `seconds` of audio; longer ones stand alone."""
+    group: list[Crop] = []
+    for crop in sorted(crops, key=lambda crop: (crop.length, crop.index), reverse=True):
+        longest = group[0].length if group else crop.length
+        if group and longest * (len(group) + 1) * FRAME_SECONDS > seconds:
+            yield group
+            group = []
+        group.append(crop)
+    if group:
+        yield group
+
+
+def whole(clips: Clips) -> list[Crop]:
+    """Every clip, uncropped."""
+    return [Crop(index, 0, len(frames)) for index, frames in enumerate(clips.local)]
+
+
+def random_crops(clips: Clips, indices: Sequence[int], seconds: float, generator: torch.Generator) -> list[Crop]:
+    """One crop per clip: at random where the clip is longer than `seconds`, the whole clip otherwise."""
+    longest = max(1, int(seconds / FRAME_SECONDS))
+    crops = []
+    for index in indices:
+        frames = len(clips.local[index])
+        length = min(frames, longest)
+        start = int(torch.randint(frames - length + 1, (), generator=generator))
+        crops.append(Crop(index, start, length))
+    return crops

@@ -1,0 +1,307 @@
+"""The one training loop of all three training stages.
+
+A stage supplies a model, the clips and an objective; the loop supplies length-bucketed batches under a
+budget of seconds, gradient accumulation to the effective batch, Adam with its schedule, clipping, the guard
+against divergence, history, progress, and checkpoints. Every random draw depends on (seed, fold, stage,
+update) alone, so a run that was killed ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from gmp_atl import devices
+from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
+from gmp_atl.code import code_hash
+from gmp_atl.config import ComputeConfig, OptimisationConfig
+from gmp_atl.encoder import Regularisation, load_tensors, save_tensors, sha256
+from gmp_atl.errors import UserError
+from gmp_atl.formats import HISTORY
+from gmp_atl.randomness import Key
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_MINUTES = float(os.environ.get("GMP_ATL_CHECKPOINT_MINUTES", "10"))
+"""compute.checkpoint_minutes; it comes by the environment because it must not count as a change of the job."""
+_PROGRESS_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an objective makes of one batch: sums, so that batches can be accumulated exactly."""
+
+    loss: Tensor
+    """Sum over the items of the loss (clips, or masked frames)."""
+    count: int
+    """Items in that sum."""
+    quantities: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """Further sums and their counts, for the history: accuracies, parts of the loss."""
+
+
+Objective = Callable[[Batch, torch.Generator], Terms]
+Validation = Callable[[], dict[str, float]]
+"""Figures of the model as it is; the first decides which epoch is kept, higher being better."""
+
+
+@dataclass
+class Progress:
+    """Everything that a checkpoint holds beside weights and optimiser."""
+
+    update: int = 0
+    history: list[tuple[int, str, float]] = field(default_factory=list)
+    best_score: float = -math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def regularisation(config: OptimisationConfig) -> Regularisation:
+    """The encoder's random perturbations that a stage asks for."""
+    return Regularisation(config.dropout, config.attention_dropout, config.layerdrop)
+
+
+def learning_rate(config: OptimisationConfig, update: int, updates: int) -> float:
+    """Of update `update` (from 0): linear warm-up, then constant or linear decay to zero."""
+    warmup = round(config.warmup * updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (updates - update) / (updates - warmup)
+
+
+def fingerprint(stage: str, config: BaseModel, key: Key, inputs: Sequence[Path]) -> str:
+    """What a checkpoint must match to be resumed: settings, run, code, and the content of input files."""
+    parts = [stage, config.model_dump_json(), repr(key), code_hash(stage), *map(sha256, inputs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Trainer:
+    """Trains `model` on `clips`; weights end in `model`, the history in `finish`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        clips: Clips,
+        *,
+        config: OptimisationConfig,
+        compute: ComputeConfig,
+        key: Key,
+        device: torch.device,
+        checkpoint: Path,
+        fingerprint: str,
+        epochs: int | None = None,
+        updates: int | None = None,
+        validate: Validation | None = None,
+    ) -> None:
+        """Args: `epochs` or `updates` says how long; `fingerprint` ties the checkpoint to its inputs and code."""
+        self.model, self.objective, self.clips, self.validate = model.to(device), objective, clips, validate
+        self.config, self.compute, self.key, self.device = config, compute, key, device
+        self.checkpoint, self.fingerprint = checkpoint, fingerprint
+        self.precision = devices.dtype(compute.precision, device)
+        self.updates_per_epoch = math.ceil(len(clips.ids) / config.batch_size)
+        self.updates = updates if updates is not None else (epochs or 0) * self.updates_per_epoch
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate, fused=True)
+        self.progress = Progress()
+        self._order: tuple[int, list[list[int]]] = (-1, [])
+
+    def run(self) -> None:
+        """Train to the end, from the checkpoint if there is one.
+
+        Raises:
+            UserError: the loss or the gradient is no longer finite.
+            SystemExit: SIGTERM came; the checkpoint holds everything up to the last update.
+        """
+        self._resume()
+        self.model.train()
+        started, first = time.monotonic(), self.progress.update
+        saved = reported = started
+        seconds = 0.0
+        with _sigterm_as_flag() as terminated:
+            while self.progress.update < self.updates:
+                seconds += self._update()
+                now = time.monotonic()
+                if terminated.is_set or now - saved >= 60 * CHECKPOINT_MINUTES:
+                    self._save()
+                    saved = now
+                if terminated.is_set:
+                    log.warning("%s: stopped by SIGTERM after update %d", self.key.stage, self.progress.update)
+                    raise SystemExit(128 + signal.SIGTERM)
+                if now - reported >= _PROGRESS_SECONDS:
+                    reported = now
+                    self._report(seconds / (now - started), (now - started) / (self.progress.update - first))
+        if self.progress.best_weights:
+            self.model.load_state_dict(self.progress.best_weights, strict=False)
+        self.model.eval()
+
+    def finish(self, history: Path) -> None:
+        """Write every quantity at every update, as a HISTORY file, and let the checkpoint go."""
+        updates, quantities, values = zip(*self.progress.history, strict=True)
+        epochs = [update / self.updates_per_epoch for update in updates]
+        columns = {"update": updates, "epoch": epochs, "quantity": quantities, "value": values}
+        HISTORY.write(history, pa.table(columns, schema=HISTORY.schema), stage=self.key.stage)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def _update(self) -> float:
+        """One optimiser step; returns the seconds of audio in it."""
+        update = self.progress.update
+        # Dropout draws from torch's global generators; seeding them here makes an update repeatable on its own.
+        torch.manual_seed(self.key.derive("dropout", update))
+        generator = self.key.generator("objective", update)
+        crops = random_crops(
+            self.clips, self._indices(update), self.config.max_clip_seconds, self.key.generator("crop", update)
+        )
+        rate = learning_rate(self.config, update, self.updates)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        parts: list[Terms] = []
+        for members in within_budget(crops, self.compute.batch_seconds):
+            batch = collate(self.clips, members, self.device)
+            with devices.autocast(self.device, self.precision):
+                terms = self.objective(batch, generator)
+            terms.loss.backward()  # type: ignore[no-untyped-call]
+            parts.append(Terms(terms.loss.detach(), terms.count, terms.quantities))
+        count = sum(part.count for part in parts)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / count)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
+        self._record(parts, count, norm, rate, crops=[self.clips.ids[crop.index] for crop in crops])
+        self.optimiser.step()
+        self.progress.update += 1
+        if self.validate and self.progress.update % self.updates_per_epoch == 0:
+            self._keep_best(self.validate)
+        return sum(crop.length for crop in crops) * FRAME_SECONDS
+
+    def _indices(self, update: int) -> list[int]:
+        epoch, position = divmod(update, self.updates_per_epoch)
+        if self._order[0] != epoch:
+            generator = self.key.generator("order", epoch)
+            self._order = (epoch, epoch_batches(self.clips.lengths, self.config.batch_size, generator))
+        return self._order[1][position]
+
+    def _record(self, parts: list[Terms], count: int, norm: Tensor, rate: float, crops: list[str]) -> None:
+        sums: dict[str, Tensor] = {"loss": torch.stack([part.loss for part in parts]).sum() / count}
+        for name in parts[0].quantities:
+            total = torch.stack([part.quantities[name][0].detach().float() for part in parts]).sum()
+            sums[name] = total / max(1, sum(part.quantities[name][1] for part in parts))
+        values = torch.stack([*sums.values(), norm]).tolist()
+        if not all(map(math.isfinite, (values[0], values[-1]))):
+            self._diverged(values[0], values[-1], crops)
+        names = [*sums, "gradient_norm", "learning_rate"]
+        self.progress.history += [
+            (self.progress.update, name, value) for name, value in zip(names, [*values, rate], strict=True)
+        ]
+
+    def _diverged(self, loss: float, norm: float, ids: list[str]) -> None:
+        self._save()
+        raise UserError(
+            f"{self.key.stage}, fold {self.key.fold}, seed {self.key.seed}: update {self.progress.update} has loss "
+            f"{loss} and gradient norm {norm}. Its utterances: {', '.join(ids)}. The weights before it are kept in "
+            f"{self.checkpoint}; lower the stage's learning_rate, or set compute.precision: float32."
+        )
+
+    def _keep_best(self, validate: Validation) -> None:
+        self.model.eval()
+        figures = validate()
+        self.model.train()
+        self.progress.history += [(self.progress.update - 1, f"validation_{n}", v) for n, v in figures.items()]
+        score = next(iter(figures.values()))
+        if score > self.progress.best_score:
+            self.progress.best_score = score
+            weights = self.model.state_dict()
+            self.progress.best_weights = {name: weights[name].detach().cpu().clone() for name in self.parameters}
+
+    def _report(self, rate: float, seconds_per_update: float) -> None:
+        loss = next(v for _, name, v in reversed(self.progress.history) if name == "loss")
+        left = (self.updates - self.progress.update) * seconds_per_update
+        log.info(
+            "%s fold %d seed %d: update %d of %d, loss %.3f, %.0f s of audio per second, %d:%02d:%02d left",
+            *(self.key.stage, self.key.fold, self.key.seed, self.progress.update, self.updates, loss, rate),
+            *(left // 3600, left // 60 % 60, left % 60),
+        )
+
+    def _save(self) -> None:
+        progress = self.progress
+        names = sorted({name for _, name, _ in progress.history})
+        rows = [[update, names.index(name), value] for update, name, value in progress.history]
+        tensors = {f"model.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in progress.best_weights.items()}
+        tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+        for name, parameter in self.parameters.items():
+            for slot, tensor in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"adam.{slot}.{name}"] = tensor.detach().cpu()
+        best = progress.best_score if progress.best_weights else None
+        save_tensors(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            self.checkpoint,
+            fingerprint=self.fingerprint,
+            update=progress.update,
+            names=names,
+            best_score=best,
+        )
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        try:
+            tensors, metadata = load_tensors(self.checkpoint)
+        except UserError as error:
+            log.warning("%s Training starts from the beginning.", error)
+            return
+        if metadata.get("fingerprint") != self.fingerprint:
+            log.warning("%s is of other inputs, settings or code: training starts from the beginning", self.checkpoint)
+            return
+        self._restore(tensors, metadata)
+        log.info("%s goes on from update %d of %d", self.key.stage, self.progress.update, self.updates)
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                slots = {slot: tensors.get(f"adam.{slot}.{name}") for slot in ("step", "exp_avg", "exp_avg_sq")}
+                if slots["step"] is not None:
+                    self.optimiser.state[parameter] = {
+                        slot: tensor.to(self.device) for slot, tensor in slots.items() if tensor is not None
+                    }
+        self.progress = Progress(
+            metadata["update"],
+            [(int(update), metadata["names"][int(name)], value) for update, name, value in tensors["history"].tolist()],
+            -math.inf if metadata["best_score"] is None else metadata["best_score"],
+            {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")},
+        )
+
+
+@dataclass
+class _Flag:
+    is_set: bool = False
+
+
+@contextmanager
+def _sigterm_as_flag() -> Iterator[_Flag]:
+    """Within the block SIGTERM only raises a flag, so that an update is never cut in half."""
+    flag = _Flag()
+
+    def note(*_: object) -> None:
+        flag.is_set = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
