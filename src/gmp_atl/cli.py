@@ -1,0 +1,94 @@
+"""`gmp-atl STAGE --option ...`: one subcommand per rule, its options being the stage function's parameters."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from gmp_atl.errors import UserError
+
+STAGES = {
+    "synthesis": "write the synthetic demo corpus",
+    "corpus": "release on disk to utterance table",
+    "pretrained": "fetch or make the pre-trained HuBERT",
+    "local_features": "audio to the output of HuBERT's convolutions",
+    "multitask": "stage 1: train HuBERT on emotion and gender",
+    "layer_features": "hidden states of the stage-1 HuBERT",
+    "clustering": "stage 2: k-means pseudo-labels (GMPs) of one codebook",
+    "cluster_statistics": "what the codebooks hold",
+    "retraining": "stage 3: masked prediction of the GMPs",
+    "finetuning": "stage 4: fine-tune on emotion",
+    "evaluation": "stage 5: classify the held-out utterances",
+    "functionals": "openSMILE eGeMAPS functionals of every clip",
+    "baseline": "classical reference: functionals and an SVM",
+    "tables": "evaluations to Tables 1-4",
+    "figures": "evaluations to figures",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; a user's mistake is one message on stderr and exit code 2, without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser("gmp-atl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = "\n".join(f"{stage:20}{what}" for stage, what in {**STAGES, "show": "print the tables of a run"}.items())
+    parser.add_argument("stage", choices=[*STAGES, "show"], metavar="STAGE", help=commands)
+    stage = parser.parse_args(argv[:1]).stage
+    try:
+        if stage == "show":
+            return _show(argv[1:])
+        return _run(stage, argv[1:])
+    except UserError as error:
+        print(f"gmp-atl {stage}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(stage: str, argv: list[str]) -> int:
+    threads = argparse.ArgumentParser(add_help=False)
+    threads.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    known, _ = threads.parse_known_args(argv)
+    if known.threads:  # before numpy, torch and faiss read it
+        os.environ["OMP_NUM_THREADS"] = str(known.threads)
+    function: Callable[..., None] = getattr(importlib.import_module(f"gmp_atl.stages.{stage}"), stage)
+    parser = argparse.ArgumentParser(f"gmp-atl {stage}", description=inspect.getdoc(function), parents=[threads])
+    hints = get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        _add(parser, name, hints[name], parameter)
+    options = vars(parser.parse_args(argv))
+    options.pop("threads")
+    function(**options)
+    return 0
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspect.Parameter) -> None:
+    """Declare a keyword parameter as an option of the same name and type."""
+    flag = f"--{name.replace('_', '-')}"
+    default = None if parameter.default is parameter.empty else parameter.default
+    options: dict[str, Any] = {"required": parameter.default is parameter.empty, "default": default}
+    if kind in (Path, int, str):
+        parser.add_argument(flag, type=kind, **options)
+    elif type(None) in get_args(kind):  # "none" stands for None
+        inner = next(each for each in get_args(kind) if each is not type(None))
+        parser.add_argument(flag, type=lambda text: None if text == "none" else inner(text), **options)
+    elif get_args(kind):  # list[Path], list[int]
+        parser.add_argument(flag, nargs="+", type=get_args(kind)[0], **options)
+    else:  # a slice of the config, as JSON
+        parser.add_argument(flag, type=lambda text: kind.model_validate(json.loads(text)), **options)
+
+
+def _show(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("gmp-atl show", description="Print the tables of a run.")
+    parser.add_argument("folder", type=Path, help="results/<name>/tables")
+    from gmp_atl.rendering import show
+
+    show(parser.parse_args(argv).folder)
+    return 0

@@ -1,0 +1,81 @@
+"""Stage 5: the held-out utterances, the only stage that opens them (paper, Sec. 4.1.2)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gmp_atl import classifier, devices
+from gmp_atl import encoder as encoders
+from gmp_atl.classifier import Classifier
+from gmp_atl.clips import Clips
+from gmp_atl.config import FinetuningSlice
+from gmp_atl.folds import held_out_split, training_split
+from gmp_atl.formats import PREDICTIONS, UTTERANCES, write_text
+from gmp_atl.metrics import confusion, uar, war
+
+log = logging.getLogger(__name__)
+
+
+def evaluation(
+    *,
+    config: FinetuningSlice,
+    utterances: Path,
+    local_features: Path,
+    model: Path,
+    variant: str,
+    gmps: int | None,
+    loss: str,
+    fold: int,
+    seed: int,
+    predictions: Path,
+    metrics: Path,
+    gpus: int = 0,
+) -> None:
+    """Classify the fold's held-out utterances, whole and without margin; `gmps` is the layer of the GMPs.
+
+    Raises:
+        LeakageError: the model has been fitted on one of them.
+    """
+    device = devices.resolve(gpus)
+    split = held_out_split(utterances, config.folds, fold)
+    backbone, origin = encoders.load(model)
+    training_split(utterances, config.folds, fold).refuse_leaks(origin["fitted_on"], model)
+    network = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
+    classifier.load_head(network, model)
+    clips = Clips.read(local_features, split, encoder=origin["encoder"])
+    outputs = classifier.apply(network.to(device).eval(), clips, "emotion", config.compute, device)
+    scores = (outputs * (config.finetuning.scale if loss == "ams" else 1.0)).softmax(1).numpy()
+    chosen = scores.argmax(1)
+    rows = {
+        **{name: split.column(name) for name in ("id", "speaker", "gender", "session")},
+        "label": split.column("emotion"),
+        "prediction": [config.classes[index] for index in chosen],
+        "scores": list(scores),
+    }
+    _, corpus = UTTERANCES.read(utterances, columns=[])
+    PREDICTIONS.write(
+        predictions,
+        pa.table(rows, schema=PREDICTIONS.schema),
+        model="gmp-atl",
+        variant=variant,
+        layer=gmps,
+        loss=loss,
+        fold=fold,
+        seed=seed,
+        classes=config.classes,
+        corpus=corpus["corpus"],
+        complete=corpus["complete"],
+        encoder=origin["encoder"],
+        selection=config.finetuning.selection,
+        fit_on=config.clustering.fit_on,
+    )
+    labels = np.array([config.classes.index(name) for name in rows["label"]])
+    matrix = confusion(labels, chosen, len(config.classes))
+    figures = {"uar": uar(matrix), "war": war(matrix), "utterances": len(labels), "confusion": matrix.tolist()}
+    write_text(metrics, json.dumps({**figures, "classes": config.classes}, indent=2) + "\n")
+    log.info("fold %d seed %d: UAR %.1f, WAR %.1f on %d clips", fold, seed, figures["uar"], figures["war"], len(labels))

@@ -1,0 +1,121 @@
+"""Stage 4: HuBERT learns emotion with AM-Softmax or cross-entropy (paper, Sec. 3.3, Fig. 1 c, Eqs. 2 and 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gmp_atl import classifier, devices
+from gmp_atl import encoder as encoders
+from gmp_atl.classifier import Classifier
+from gmp_atl.clips import Batch, Clips
+from gmp_atl.config import FinetuningSlice
+from gmp_atl.folds import Split, held_out_split, training_split, without_group
+from gmp_atl.losses import am_softmax
+from gmp_atl.metrics import confusion, uar, war
+from gmp_atl.randomness import Key
+from gmp_atl.training import Terms, Trainer, Validation, fingerprint, regularisation
+
+
+def finetuning(
+    *,
+    config: FinetuningSlice,
+    utterances: Path,
+    local_features: Path,
+    encoder: Path,
+    multitask_head: Path | None,
+    loss: str,
+    fold: int,
+    seed: int,
+    output: Path,
+    history: Path,
+    checkpoint: Path,
+    gpus: int = 0,
+) -> None:
+    """Train on the fold's training utterances with `loss`, ce or ams; write encoder and head to `output`.
+
+    Args:
+        encoder: of stage 3, or the pre-trained one for the rows without GMPs.
+        multitask_head: folder of stage 1, for the reading that its head is taken over.
+    """
+    device = devices.resolve(gpus)
+    settings = config.finetuning
+    whole = training_split(utterances, config.folds, fold)
+    split, validation = _validation_split(config, utterances, whole, fold)
+    key = Key(seed, fold, f"finetuning/{loss}")
+    torch.manual_seed(key.derive("weights"))
+    backbone, origin = encoders.load(encoder, regularisation(settings.optimisation))
+    whole.refuse_leaks(origin["fitted_on"], encoder)
+    model = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
+    inputs = [utterances, encoder / "model.safetensors"]
+    if multitask_head is not None:
+        classifier.load_head(model, multitask_head, strict=False)
+        inputs.append(multitask_head / "head.safetensors")
+    labels = _labels(split, config.classes)
+    weights = classifier.class_weights(labels, config.classes, settings.class_weights).to(device)
+    labels = labels.to(device)
+
+    def objective(batch: Batch, generator: torch.Generator) -> Terms:
+        outputs = model(batch, classifier.spec_augment(batch, settings.spec_augment, generator))["emotion"]
+        emotion = labels[batch.indices]
+        if loss == "ams":
+            each = am_softmax(outputs, emotion, settings.scale, settings.margin)
+        else:
+            each = F.cross_entropy(outputs, emotion, reduction="none")
+        correct = (outputs.argmax(1) == emotion).sum()
+        count = len(batch.indices)
+        return Terms((weights[emotion] * each).sum(), count, {"emotion_accuracy": (correct, count)})
+
+    validate = None
+    if validation is not None:
+        validate = _validator(model, config, local_features, validation, origin["encoder"], device)
+    trainer = Trainer(
+        model,
+        objective,
+        Clips.read(local_features, split, encoder=origin["encoder"]),
+        config=settings.optimisation,
+        compute=config.compute,
+        key=key,
+        device=device,
+        checkpoint=checkpoint,
+        fingerprint=fingerprint("finetuning", config, key, inputs),
+        epochs=settings.epochs,
+        validate=validate,
+    )
+    trainer.run()
+    fitted_on = sorted({*origin["fitted_on"], *whole.ids})
+    classifier.save(model, output, encoder=origin["encoder"], fitted_on=fitted_on)
+    trainer.finish(history)
+
+
+def _validation_split(config: FinetuningSlice, utterances: Path, whole: Split, fold: int) -> tuple[Split, Split | None]:
+    """What is trained on, and what decides which epoch is kept."""
+    selection = config.finetuning.selection
+    if selection == "last":
+        return whole, None
+    if selection == "oracle":
+        return whole, held_out_split(utterances, config.folds, fold)
+    following = fold % len(config.folds.held_out) + 1
+    return without_group(whole, config.folds, following)
+
+
+def _validator(
+    model: Classifier, config: FinetuningSlice, local_features: Path, split: Split, encoder: str, device: torch.device
+) -> Validation:
+    clips = Clips.read(local_features, split, encoder=encoder)
+    labels = _labels(split, config.classes).numpy()
+
+    def validate() -> dict[str, float]:
+        outputs = classifier.apply(model, clips, "emotion", config.compute, device)
+        matrix = confusion(labels, np.asarray(outputs.argmax(1)), len(config.classes))
+        return {"uar": uar(matrix), "war": war(matrix)}
+
+    return validate
+
+
+def _labels(split: Split, classes: list[str]) -> Tensor:
+    return torch.tensor([classes.index(name) for name in split.column("emotion")])

@@ -1,0 +1,76 @@
+"""Hidden states of the stage-1 HuBERT over the training utterances: what k-means clusters (paper, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gmp_atl import devices
+from gmp_atl import encoder as encoders
+from gmp_atl.clips import Clips, collate, whole, within_budget
+from gmp_atl.config import ClusteringSlice
+from gmp_atl.encoder import Encoder
+from gmp_atl.errors import UserError
+from gmp_atl.folds import everything, training_split
+from gmp_atl.formats import LAYER_FEATURES, feature_rows
+
+_CLIPS_AT_ONCE = 256
+"""Bounds the memory: features of that many clips, of every layer, wait for being written."""
+
+
+def layer_features(
+    *,
+    config: ClusteringSlice,
+    utterances: Path,
+    local_features: Path,
+    encoder: Path,
+    fold: int,
+    layers: list[int],
+    outputs: list[Path],
+    gpus: int = 0,
+) -> None:
+    """Write one LAYER_FEATURES file per layer, all from one pass; held-out clips are not opened.
+
+    The reading `clustering.fit_on: all` adds them, for k-means only.
+    """
+    device = devices.resolve(gpus)
+    model, metadata = encoders.load(encoder)
+    model = model.to(device).eval()
+    split = training_split(utterances, config.folds, fold)
+    split.refuse_leaks(metadata["fitted_on"], encoder)
+    if config.clustering.fit_on == "all":
+        split = everything(utterances)
+    clips = Clips.read(local_features, split, encoder=metadata["encoder"])
+    with ExitStack() as stack:
+        append: dict[int, Callable[[pa.RecordBatch], None]] = {}
+        for layer, path in zip(layers, outputs, strict=True):
+            header = {"dimensions": model.architecture.hidden_size, "layer": layer, "fitted_on": metadata["fitted_on"]}
+            append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header))
+        for first in range(0, len(clips.ids), _CLIPS_AT_ONCE):
+            chunk = Clips(clips.ids[first : first + _CLIPS_AT_ONCE], clips.local[first : first + _CLIPS_AT_ONCE])
+            for layer, frames in _hidden_states(model, chunk, layers, config, device).items():
+                append[layer](feature_rows(chunk.ids, frames))
+
+
+@torch.inference_mode()
+def _hidden_states(
+    model: Encoder, clips: Clips, layers: list[int], config: ClusteringSlice, device: torch.device
+) -> dict[int, list[np.ndarray]]:
+    """Per layer and clip: (frames, hidden size) in float16."""
+    found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(clips.ids) for layer in layers}
+    for crops in within_budget(whole(clips), config.compute.batch_seconds):
+        batch = collate(clips, crops, device)
+        with devices.autocast(device, devices.dtype(config.compute.precision, device)):
+            states = model.hidden_states(batch.local, batch.lengths, layers)
+        for layer, hidden in states.items():
+            stored = hidden.half().cpu().numpy()
+            if not np.isfinite(stored).all():
+                raise UserError(f"Layer {layer} exceeds the range of float16; the encoder has diverged.")
+            for row, index, length in zip(stored, batch.indices, batch.lengths.tolist(), strict=True):
+                found[layer][index] = row[:length]
+    return found

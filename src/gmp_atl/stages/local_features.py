@@ -1,0 +1,71 @@
+"""Output of HuBERT's convolutions for every clip: computed once, shared by every fold, seed and stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gmp_atl import audio, devices
+from gmp_atl import encoder as encoders
+from gmp_atl.config import EncoderSlice
+from gmp_atl.encoder import Encoder, n_frames
+from gmp_atl.errors import UserError
+from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, feature_rows
+
+log = logging.getLogger(__name__)
+_ROW_GROUP_BYTES = 32 * 2**20
+
+
+def local_features(
+    *, config: EncoderSlice, utterances: Path, audio_root: Path, encoder: Path, output: Path, gpus: int = 0
+) -> None:
+    """Run the frozen convolutions over single, unpadded clips and store float16.
+
+    Raises:
+        UserError: a clip has changed since the corpus was read, or cannot be decoded.
+    """
+    device = devices.resolve(gpus)
+    model, metadata = encoders.load(encoder)
+    model = model.to(device).eval()
+    table, _ = UTTERANCES.read(utterances)
+    width = model.architecture.conv_dim[-1]
+    with LOCAL_FEATURES.writer(output, dimensions=width, encoder=metadata["encoder"]) as append:
+        ids: list[str] = []
+        frames: list[np.ndarray] = []
+        for utterance, features in _features(table, audio_root, model, config.encoder.normalise_audio, device):
+            ids.append(utterance)
+            frames.append(features)
+            if sum(each.nbytes for each in frames) >= _ROW_GROUP_BYTES:
+                append(feature_rows(ids, frames))
+                ids, frames = [], []
+        if ids:
+            append(feature_rows(ids, frames))
+    log.info("local features of %d clips", len(table))
+
+
+@torch.inference_mode()
+def _features(
+    table: pa.Table, root: Path, model: Encoder, normalise: bool, device: torch.device
+) -> Iterator[tuple[str, np.ndarray]]:
+    for utterance in table.select(["id", "path", "n_samples"]).to_pylist():
+        path = root / utterance["path"]
+        samples = torch.from_numpy(audio.load(path)).to(device)
+        if len(samples) != utterance["n_samples"]:
+            raise UserError(
+                f"{path} has {len(samples)} samples at 16 kHz, but had {utterance['n_samples']} when the corpus was "
+                "read. Has it changed? Rerun with: snakemake --forcerun corpus"
+            )
+        if normalise:
+            samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
+        features = model.local_features(samples).half().cpu().numpy()
+        if not np.isfinite(features).all():
+            raise UserError(
+                f"{path}: local features exceed the range of float16; the clip is not speech of usual level."
+            )
+        assert len(features) == n_frames(len(samples))
+        yield utterance["id"], features

@@ -1,0 +1,96 @@
+"""The pre-trained HuBERT, wherever it comes from, in the one form that every later stage reads."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gmp_atl import encoder as encoders
+from gmp_atl.config import EncoderConfig, EncoderSlice
+from gmp_atl.encoder import Encoder
+from gmp_atl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def pretrained(*, config: EncoderSlice, output: Path) -> None:
+    """Write `config.json` and `model.safetensors` of the encoder that the config names.
+
+    Raises:
+        UserError: the source is missing, damaged, not a HuBERT, or not the pinned file.
+    """
+    settings = config.encoder
+    if settings.source == "scratch":
+        scratch = settings.scratch
+        encoder = encoders.from_scratch(scratch)
+        description = f"random HuBERT, {scratch.layers} x {scratch.hidden_size}, seed {scratch.seed}"
+    elif settings.source == "directory":
+        assert settings.path is not None  # the config has checked
+        encoder, description = _from_folder(settings.path, settings), settings.path.name
+    else:
+        encoder = _from_folder(_download(settings), settings)
+        description = f"{settings.name}@{str(settings.revision)[:8]}"
+    identity = f"{description}, sha256 {_digest(encoder)[:12]}"
+    encoders.save(encoder, output, encoder=identity, fitted_on=[])
+    log.info("pre-trained encoder: %s", identity)
+
+
+def _from_folder(folder: Path, settings: EncoderConfig) -> Encoder:
+    weights, archive = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not weights.exists() and archive.exists():
+        return _from_archive(folder, archive, settings)
+    if settings.sha256 and weights.exists():
+        _check_digest(weights, settings.sha256)
+    encoder, _ = encoders.load(folder)
+    return encoder
+
+
+def _from_archive(folder: Path, archive: Path, settings: EncoderConfig) -> Encoder:
+    """Convert a PyTorch archive, which may hold code: only a pinned file, only its tensors."""
+    if settings.sha256 is None:
+        raise UserError(
+            f"{folder} has no model.safetensors, only {archive.name}. Convert it to safetensors, or pin the file "
+            f"by encoder.sha256: {encoders.sha256(archive)} if you trust it."
+        )
+    _check_digest(archive, settings.sha256)
+    tensors: dict[str, Tensor] = torch.load(archive, map_location="cpu", weights_only=True)
+    encoder = encoders.load_architecture(folder)
+    encoders.load_weights(encoder, tensors, archive)
+    return encoder
+
+
+def _download(settings: EncoderConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert settings.name is not None  # the config has checked
+    names = ["config.json", "model.safetensors"]
+    try:
+        folder = Path(snapshot_download(settings.name, revision=settings.revision, allow_patterns=names))
+        if not (folder / "model.safetensors").exists():
+            names = ["config.json", "pytorch_model.bin"]
+            folder = Path(snapshot_download(settings.name, revision=settings.revision, allow_patterns=names))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"encoder {settings.name} at revision {settings.revision} cannot be fetched from the hub ({error}). On a "
+            "machine without network, fetch it elsewhere and set encoder.source: directory and encoder.path."
+        ) from None
+    return folder
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    found = encoders.sha256(path)
+    if found != expected:
+        raise UserError(f"{path} has sha256 {found}, but encoder.sha256 pins {expected}; fetch the file again.")
+
+
+def _digest(encoder: Encoder) -> str:
+    """Of all weights, independent of the file that they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
