@@ -1,0 +1,276 @@
+"""Every result of a run, loaded once for the tables and the figures.
+
+The evaluation folder alone is read: `corpus.parquet`, `**/predictions.parquet` and
+`**/cluster_statistics.parquet`. Files are recognised by their metadata, never by their names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gmp_atl import metrics, paper
+from gmp_atl.config import Config, identity, shared_variant
+from gmp_atl.errors import UserError
+from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, PREDICTIONS
+
+log = logging.getLogger(__name__)
+
+SAMPLES_PER_MINUTE = 16_000 * 60
+MEASURES: dict[str, Callable[[np.ndarray], float]] = {"UAR": metrics.uar, "WAR": metrics.war}
+LOSSES = {"ce": "CE", "ams": "AMS"}
+SELECTIONS = {
+    "last": "last epoch",
+    "held_out_training_group": "best epoch on a group of the training folds",
+    "oracle": "ORACLE: epoch chosen on the test fold",
+}
+CLUSTERED_ON = {
+    "training": "the fold's training frames",
+    "all": "TRANSDUCTIVE: all frames, those of the test fold included",
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """What was evaluated: one row of Table 3 or 4, an ablation of it, or the classical reference."""
+
+    model: str = "gmp-atl"
+    variant: str = "main"
+    layer: int | None = None
+    """Of the GMPs; None without."""
+    loss: str | None = None
+
+    @property
+    def label(self) -> str:
+        if self == BASELINE:
+            return "eGeMAPS + SVM"
+        gmps = "no GMPs" if self.layer is None else f"GMPs of layer {self.layer}"
+        variant = "" if self.variant == "main" else f" ({self.variant})"
+        return f"{gmps}, {LOSSES.get(self.loss or '', self.loss)}{variant}"
+
+
+BASELINE = System(model="egemaps-svm")
+BASELINE_SEED = 0
+"""The classical reference draws nothing at random."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The predictions of a system on one fold, from one seed."""
+
+    system: System
+    fold: int
+    seed: int
+    header: dict[str, Any]
+    """Metadata of the file."""
+    predictions: pd.DataFrame
+    """id, session, and label and prediction as indices into the classes."""
+    matrix: np.ndarray
+    """Confusion counts, (classes, classes)."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The corpus that was evaluated on."""
+
+    name: str
+    complete: bool
+    excluded: dict[str, int]
+    """Utterances that were left out, per reason."""
+    counts: pd.DataFrame
+    """emotion, session, gender, utterances, n_samples (at 16 kHz)."""
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """All that the config asks for and that has been evaluated."""
+
+    config: Config
+    corpus: Corpus
+    results: tuple[Result, ...]
+    clusters: pd.DataFrame
+    """variant, fold, seed, layer, size, statistic, value."""
+
+    @cached_property
+    def comparable(self) -> bool:
+        """Whether the paper's figures were measured on these data."""
+        return (
+            self.corpus.name.lower() == paper.CORPUS
+            and self.corpus.complete
+            and set(self.config.classes) == set(paper.TABLE_1)
+        )
+
+    def of(self, system: System) -> list[Result]:
+        return [result for result in self.results if result.system == system]
+
+    def grid(self, system: System, measure: str) -> pd.DataFrame:
+        """UAR or WAR in percent, folds (from 1) x seeds; NaN where not evaluated."""
+        folds = range(1, len(self.config.folds.held_out) + 1)
+        grid = pd.DataFrame(np.nan, index=folds, columns=seeds(self.config, system))
+        for result in self.of(system):
+            grid.loc[result.fold, result.seed] = MEASURES[measure](result.matrix)
+        return grid
+
+    def confusion(self, system: System) -> np.ndarray:
+        """Counts pooled over folds and seeds, (classes, classes)."""
+        empty = np.zeros((len(self.config.classes),) * 2, dtype=int)
+        return sum((result.matrix for result in self.of(system)), start=empty)
+
+
+def main_system(config: Config) -> System:
+    """The paper's proposal: GMPs and AM-Softmax."""
+    return System(layer=config.tables.layer, loss="ams")
+
+
+def table_3_systems(config: Config) -> dict[tuple[bool, str], System]:
+    """(with GMPs?, loss): system, in the paper's order."""
+    return {
+        (gmps, loss): System(layer=config.tables.layer if gmps else None, loss=loss) for gmps, loss in paper.TABLE_3
+    }
+
+
+def ablation_system(config: Config, name: str) -> System:
+    """The main row under an ablation, which may share its evaluation with an equal variant."""
+    return System(variant=shared_variant(config, "evaluation", name), layer=config.tables.layer, loss="ams")
+
+
+def systems(config: Config) -> list[System]:
+    """Every system whose evaluation the config asks for, in the order of the tables, each once."""
+    asked = list(table_3_systems(config).values()) if 3 in config.tables.numbers else [main_system(config)]
+    if 4 in config.tables.numbers:
+        asked += [System(layer=layer, loss="ams") for layer in config.tables.layers]
+    asked += [ablation_system(config, name) for name in config.ablations]
+    if 2 in config.tables.numbers and config.tables.baseline == "egemaps":
+        asked.append(BASELINE)
+    return list(dict.fromkeys(asked))
+
+
+def seeds(config: Config, system: System) -> list[int]:
+    """The seeds that a system is evaluated with."""
+    return [BASELINE_SEED] if system == BASELINE else config.seeds
+
+
+def load(config: Config, folder: Path) -> Evaluations:
+    """Read the evaluation folder of a run; files that the config does not ask for are ignored.
+
+    Raises:
+        UserError: a file is damaged; two claim the same result; folds of one model share an utterance;
+            classes differ from the config's.
+    """
+    summary, header = CORPUS_SUMMARY.read(folder / "corpus.parquet")
+    corpus = Corpus(header["corpus"], header["complete"], header["excluded"], summary.to_pandas())
+    chosen = _choose(config, folder)
+    order = {system: position for position, system in enumerate(systems(config))}
+    keys = sorted(chosen, key=lambda key: (order[key[0]], *key[1:]))
+    results = tuple(_read(config, *key, chosen[key]) for key in keys)
+    _check_disjoint(results)
+    return Evaluations(config, corpus, results, _read_clusters(config, folder))
+
+
+def provenance(evaluations: Evaluations) -> list[str]:
+    """What the figures come from, one line each: the footer of every table."""
+    config, corpus = evaluations.config, evaluations.corpus
+    main = [r.header for r in evaluations.results if r.system.model == "gmp-atl" and r.system.variant == "main"]
+    clustered = [header for header in main if header["layer"] is not None]
+    corpora = {f"{r.header['corpus']}{'' if r.header['complete'] else ' (PARTIAL)'}" for r in evaluations.results}
+    corpora.add(f"{corpus.name}{'' if corpus.complete else ' (PARTIAL)'}")
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(corpus.excluded.items()))
+    return [
+        _one_of("corpus", corpora)
+        + f", {corpus.counts['utterances'].sum()} utterances; {sum(corpus.excluded.values())} excluded"
+        + (f" ({reasons})" if reasons else ""),
+        _one_of("encoder", {header["encoder"] for header in main}),
+        f"Seeds: {', '.join(map(str, config.seeds))}; {len(config.folds.held_out)} folds by {config.folds.by}",
+        _one_of("selection", {SELECTIONS.get(header["selection"], header["selection"]) for header in main}),
+        _one_of("k-means fitted on", {CLUSTERED_ON.get(header["fit_on"], header["fit_on"]) for header in clustered}),
+        f"Config: {config.name}, identity {identity(config)}",
+    ]
+
+
+def _choose(config: Config, folder: Path) -> dict[tuple[System, int, int], Path]:
+    """The prediction file of every (system, fold, seed) that is asked for and exists."""
+    asked = set(systems(config))
+    chosen: dict[tuple[System, int, int], Path] = {}
+    ignored = []
+    for path in sorted(folder.rglob("predictions.parquet")):
+        header = PREDICTIONS.open(path)[1]
+        system = System(header["model"], header["variant"], header["layer"], header["loss"])
+        fold, seed = header["fold"], header["seed"]
+        known = system in asked and 1 <= fold <= len(config.folds.held_out) and seed in seeds(config, system)
+        if not known:
+            ignored.append(path)
+            continue
+        if (system, fold, seed) in chosen:
+            raise UserError(
+                f"{chosen[system, fold, seed]} and {path} both claim to be {system.label}, fold {fold}, seed {seed}; "
+                "delete the one that is not of this run."
+            )
+        if header["classes"] != config.classes:
+            raise UserError(
+                f"{path} has the classes {', '.join(header['classes'])}, but the config asks for "
+                f"{', '.join(config.classes)}; delete it and run snakemake again."
+            )
+        chosen[system, fold, seed] = path
+    if ignored:
+        log.warning("Ignored %d prediction files that the config does not ask for: %s", len(ignored), _some(ignored))
+    return chosen
+
+
+def _read(config: Config, system: System, fold: int, seed: int, path: Path) -> Result:
+    table, header = PREDICTIONS.read(path, columns=["id", "session", "label", "prediction"])
+    frame = table.to_pandas()
+    for column in ("label", "prediction"):
+        unknown = set(frame[column]) - set(config.classes)
+        if unknown:
+            raise UserError(f"{path}: {column} {min(unknown)!r} is not one of {', '.join(config.classes)}.")
+        frame[column] = pd.Index(config.classes).get_indexer(frame[column])
+    if frame.empty:
+        raise UserError(f"{path} holds no prediction; delete it and run snakemake again.")
+    matrix = metrics.confusion(frame["label"].to_numpy(), frame["prediction"].to_numpy(), len(config.classes))
+    return Result(system, fold, seed, header, frame, matrix)
+
+
+def _check_disjoint(results: Iterable[Result]) -> None:
+    """No utterance is tested twice by one model: it would be in two folds, and in training for one."""
+    tested: dict[tuple[System, int, str], int] = {}
+    for result in results:
+        for utterance in result.predictions["id"]:
+            other = tested.setdefault((result.system, result.seed, utterance), result.fold)
+            if other != result.fold:
+                raise UserError(
+                    f"Utterance {utterance} was tested in fold {other} and in fold {result.fold} of "
+                    f"{result.system.label}, seed {result.seed}: folds must not overlap. The evaluations are of "
+                    "different folds.held_out; delete them and run snakemake again."
+                )
+
+
+def _read_clusters(config: Config, folder: Path) -> pd.DataFrame:
+    columns = CLUSTER_STATISTICS.schema.names
+    paths = sorted(folder.rglob("cluster_statistics.parquet"))
+    frames = [CLUSTER_STATISTICS.read(path)[0].to_pandas() for path in paths]
+    clusters = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    asked = (
+        clusters["variant"].isin(["main", *config.ablations])
+        & clusters["layer"].isin([system.layer for system in systems(config)])
+        & clusters["fold"].between(1, len(config.folds.held_out))
+        & clusters["seed"].isin(config.seeds)
+    )
+    return clusters[asked].drop_duplicates(columns[:-1], ignore_index=True)
+
+
+def _one_of(what: str, values: Iterable[Any]) -> str:
+    found = sorted(map(str, values))
+    if len(found) > 1:
+        return f"MIXED {what}: {' | '.join(found)}"
+    return f"{what[0].upper()}{what[1:]}: {found[0] if found else 'nothing evaluated'}"
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")

@@ -1,0 +1,141 @@
+"""A table as CSV, Markdown and LaTeX, from one description; and the tables of a run in the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SHOWN = ("table1", "table2", "table3", "table4", "effects")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": "$-$",
+}
+_WIDTH = 120
+"""Columns of text below which the widest table would lose digits."""
+_FIGURE = re.compile(r"[-+]?\d|-$|n/a|none|not run|\[")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a reader sees as one cell and a program as several columns."""
+
+    text: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Column name of the CSV: value."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with what must be known to read it."""
+
+    name: str
+    """File name without suffix."""
+    caption: str
+    rows: Sequence[Mapping[str, str | Cell]]
+    """Heading: cell. Every row has the headings of the first, and a heading's cells are of one kind."""
+    notices: Sequence[str] = ()
+    """Warnings, printed before the table."""
+    footer: Sequence[str] = ()
+
+    def csv(self) -> str:
+        """Comment lines (`pandas.read_csv(comment="#")` skips them), then plain columns."""
+        stream = io.StringIO()
+        for line in (self.caption, *self.notices, *self.footer):
+            stream.write(f"# {line}\n")
+        rows = [_flat(row) for row in self.rows]
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue()
+
+    def markdown(self) -> str:
+        """A pipe table whose columns are aligned in plain text too."""
+        headings, body = self._texts()
+        body = [[text.replace("|", r"\|") for text in row] for row in body]
+        widths = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
+        right = [_holds_figures(column) for column in zip(*body, strict=True)]
+        rule = [("-" * (w - 1) + ":" if r else ":" + "-" * (w - 1)) for w, r in zip(widths, right, strict=True)]
+        lines = [
+            "| "
+            + " | ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(row, widths, right, strict=True))
+            + " |"
+            for row in [headings, rule, *body]
+        ]
+        notices = [f"\n**{notice}**" for notice in self.notices]
+        footer = [f"- {line}" for line in self.footer]
+        return "\n".join([f"### {self.caption}", *notices, "", *lines, "", *footer]) + "\n"
+
+    def latex(self) -> str:
+        """A floating table; needs the package booktabs."""
+        headings, body = self._texts()
+        kinds = "".join("r" if _holds_figures(column) else "l" for column in zip(*body, strict=True))
+        # The document that the table goes into numbers it.
+        title = re.sub(r"^Table \d+: ", "", self.caption)
+        caption = " ".join([_escape(f"{title}."), *(rf"\textbf{{{_escape(notice)}}}" for notice in self.notices)])
+        lines = [" & ".join(map(_escape, row)) + r" \\" for row in (headings, *body)]
+        return "\n".join(
+            [
+                r"% Needs \usepackage{booktabs}.",
+                r"\begin{table}",
+                r"\centering\small",
+                rf"\caption{{{caption}}}",
+                rf"\label{{tab:{self.name}}}",
+                rf"\begin{{tabular}}{{{kinds}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                *lines[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\par\smallskip\begin{minipage}{\linewidth}\footnotesize",
+                *(_escape(line) + r"\par" for line in self.footer),
+                r"\end{minipage}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def _texts(self) -> tuple[list[str], list[list[str]]]:
+        body = [[cell.text if isinstance(cell, Cell) else cell for cell in row.values()] for row in self.rows]
+        return list(self.rows[0]), body
+
+
+def show(folder: Path) -> None:
+    """Print Tables 1 to 4 and the effects, as far as `folder` has them, to the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(width=max(_WIDTH, Console().width))
+    for name in SHOWN:
+        path = folder / f"{name}.md"
+        if path.exists():
+            console.print(Markdown(path.read_text(encoding="utf-8")))
+
+
+def _flat(row: Mapping[str, str | Cell]) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for heading, cell in row.items():
+        flat.update(cell.parts if isinstance(cell, Cell) else {_identifier(heading): cell})
+    return flat
+
+
+def _identifier(heading: str) -> str:
+    return re.sub(r"\W+", "_", heading.lower()).strip("_")
+
+
+def _holds_figures(column: Sequence[str]) -> bool:
+    return all(_FIGURE.match(text) for text in column)
+
+
+def _escape(text: str) -> str:
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)

@@ -1,0 +1,503 @@
+"""Tables and figures from made evaluation files whose figures are known by hand."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from gmp_atl import config as configs
+from gmp_atl import paper, rendering
+from gmp_atl.config import Config
+from gmp_atl.errors import UserError
+from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, PREDICTIONS
+from gmp_atl.stages.figures import figures
+from gmp_atl.stages.tables import tables
+
+CLASSES = ["angry", "happy", "neutral", "sad"]
+ENCODER = "made encoder, sha256 0123456789ab"
+
+
+def config(**changes: Any) -> Config:
+    """Two folds by session, two seeds."""
+    settings = {
+        "name": "made",
+        "seeds": [0, 1],
+        "corpus": {"reader": "synthetic"},
+        "classes": CLASSES,
+        "folds": {"by": "session", "held_out": [["Ses01"], ["Ses02"]]},
+        "encoder": {"source": "scratch"},
+        "tables": {"layers": [-1, -3]},
+    }
+    return configs.parse({**settings, **changes})
+
+
+class Run:
+    """The evaluation folder of a run, filled by hand, and the tables and figures made of it."""
+
+    def __init__(self, folder: Path, settings: Config | None = None):
+        self.evaluations, self.output = folder / "evaluations", folder / "tables"
+        self.config = settings or config()
+        self.numbers = itertools.count()
+        self.write_corpus()
+
+    def write_corpus(self, corpus: str = "iemocap", complete: bool = True, excluded: dict[str, int] | None = None):
+        rows = [(emotion, session, "female") for emotion in self.config.classes for session in ("Ses01", "Ses02")]
+        columns = dict(zip(("emotion", "session", "gender"), zip(*rows, strict=True), strict=True))
+        sizes = {"utterances": pa.array([30] * len(rows)), "n_samples": pa.array([30 * 32_000] * len(rows))}
+        CORPUS_SUMMARY.write(
+            self.evaluations / "corpus.parquet",
+            pa.table(columns | sizes),
+            corpus=corpus,
+            complete=complete,
+            classes=self.config.classes,
+            excluded=excluded or {},
+        )
+
+    def predict(
+        self,
+        fold: int,
+        seed: int,
+        recalls: list[int],
+        *,
+        sizes: list[int] | None = None,
+        ids: str = "Ses{fold:02}-{n}",
+        folder: str | None = None,
+        **header: Any,
+    ) -> Path:
+        """Predictions in which `recalls[i]` clips of class i are right; the others are taken for the next class."""
+        classes = self.config.classes
+        sizes = sizes or [10] * len(classes)
+        pairs = [
+            (classes[label], classes[label if n < recalls[label] else (label + 1) % len(classes)])
+            for label in range(len(classes))
+            for n in range(sizes[label])
+        ]
+        labels, predictions = zip(*pairs, strict=True)
+        scores = [np.eye(len(classes), dtype=np.float32)[classes.index(name)].tolist() for name in predictions]
+        path = self.evaluations / (folder or f"some/{next(self.numbers)}") / "predictions.parquet"
+        metadata = {
+            "model": "gmp-atl",
+            "variant": "main",
+            "layer": -3,
+            "loss": "ams",
+            "classes": classes,
+            "corpus": "iemocap",
+            "complete": True,
+            "encoder": ENCODER,
+            "selection": "last",
+            "fit_on": "training",
+        }
+        columns = {
+            "id": [ids.format(fold=fold, n=n) for n in range(len(pairs))],
+            "speaker": ["someone"] * len(pairs),
+            "gender": ["female"] * len(pairs),
+            "session": [f"Ses{fold:02}"] * len(pairs),
+            "label": list(labels),
+            "prediction": list(predictions),
+            "scores": scores,
+        }
+        table = pa.table(columns, schema=PREDICTIONS.schema)
+        PREDICTIONS.write(path, table, fold=fold, seed=seed, **{**metadata, **header})
+        return path
+
+    def tables(self) -> dict[str, str]:
+        tables(config=self.config, evaluations=self.evaluations, output=self.output)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(self.output.iterdir())}
+
+    def table(self, name: str) -> pd.DataFrame:
+        self.tables()
+        return pd.read_csv(self.output / f"{name}.csv", comment="#", keep_default_na=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def fill(run: Run, **header: Any) -> None:
+    """The main row: recalls of 70 and 80 % in the folds, one point more with seed 1 in the first class."""
+    for fold, seed in itertools.product((1, 2), (0, 1)):
+        right = 7 if fold == 1 else 8
+        run.predict(fold, seed, [right + seed, right, right, right], **header)
+
+
+def test_the_papers_figures_agree_with_each_other():
+    assert sum(row.utterances for row in paper.TABLE_1.values()) == paper.TABLE_1_TOTAL.utterances == 5531
+    assert sum(row.minutes for row in paper.TABLE_1.values()) == paper.TABLE_1_TOTAL.minutes
+    assert paper.TABLE_3[True, "ams"] == paper.TABLE_4[paper.LAYER] == paper.GMP_ATL
+
+
+def test_figures_are_averaged_over_folds_and_seeds(run):
+    """Fold 1: 70, 72.5; fold 2: 80, 82.5. Means of folds 71.25, 81.25; of seeds 75, 77.5."""
+    fill(run)
+    row = run.table("table3").iloc[3]
+    assert (row["gmps"], row["loss"], row["folds_seeds"]) == ("yes", "AMS", "4/4")
+    assert (row["uar"], row["uar_std_folds"], row["uar_std_seeds"]) == (76.2, 7.1, 1.8)
+    assert (row["uar_paper"], row["uar_diff"]) == (82.0, -5.8)
+
+
+def test_folds_weigh_alike_whatever_their_size(run):
+    """WAR: 10 of 40 and 99 of 100 are right; pooled it would be 77.9, the paper's mean over folds is 62.0."""
+    run.predict(1, 0, [10, 0, 0, 0])
+    run.predict(2, 0, [97, 1, 1, 0], sizes=[97, 1, 1, 1])
+    row = run.table("table3").iloc[3]
+    assert row["war"] == 62.0
+    assert row["uar"] == 50.0
+
+
+def test_a_class_that_a_fold_lacks_does_not_lower_its_uar(run):
+    run.predict(1, 0, [5, 5, 0, 0], sizes=[5, 10, 0, 0])
+    assert run.table("table3").iloc[3]["uar"] == 75.0
+
+
+def test_rows_that_were_not_run_are_kept(run):
+    fill(run)
+    files = run.tables()
+    assert run.table("table3")["folds_seeds"].tolist() == ["not run"] * 3 + ["4/4"]
+    fourth = run.table("table4")
+    assert fourth["gmp_layer"].tolist() == [-1, -2, -3, -4, -5, -6, -7, -8]
+    assert (fourth["folds_seeds"] == "not run").sum() == 7
+    assert fourth["uar_paper"].notna().all()
+    assert files["table3.md"].count("not run") == 3 * 3
+    assert files["table3.tex"].count("not run") == 3 * 3
+
+
+def test_nothing_evaluated_yet_still_gives_tables(run):
+    files = run.tables()
+    assert {f"table{number}.md" for number in (1, 2, 3, 4)} <= files.keys()
+    assert "nothing evaluated" in files["table3.md"]
+
+
+def test_what_is_missing_is_counted(run):
+    run.predict(1, 0, [7, 7, 7, 7])
+    assert run.table("table3")["folds_seeds"].iloc[3] == "1/4"
+    single = Run(run.evaluations.parent / "single", config(seeds=[5]))
+    single.predict(2, 5, [7, 7, 7, 7])
+    assert single.table("table4")["folds_seeds"].iloc[2] == "1/2"
+    assert "±n/a" in single.tables()["table4.md"], "one fold and one seed have no spread"
+
+
+def test_table_2_holds_the_published_rows_and_this_runs(run):
+    fill(run)
+    run.predict(1, 0, [6, 6, 6, 6], model="egemaps-svm", layer=None, loss=None, encoder="made functionals")
+    rows = run.table("table2")
+    assert rows["source"].value_counts().to_dict() == {"paper's report": 14, "this run": 2, "paper": 1}
+    assert rows.loc[rows["source"] == "this run", "uar"].tolist() == [76.2, 60.0]
+    assert rows["model"].iloc[-1] == "eGeMAPS + SVM"
+    assert rows["folds_seeds"].iloc[-1] == "1/2", "the reference knows no seeds"
+    assert "MIXED" not in "".join(run.tables().values()), "the reference has no encoder"
+
+
+def test_without_the_baseline_its_row_is_gone(tmp_path):
+    run = Run(tmp_path, config(tables={"baseline": "none"}))
+    run.predict(1, 0, [6, 6, 6, 6], model="egemaps-svm", layer=None, loss=None)
+    assert "eGeMAPS" not in "".join(run.tables().values())
+
+
+def test_table_1_counts_beside_the_papers(run):
+    first = run.table("table1").set_index("class")
+    assert first.loc["happy"].tolist() == [60, 2.0, 1636, 126]
+    assert first.loc["Total"].tolist() == [240, 8.0, 5531, 419]
+
+
+def test_other_classes_have_no_papers_column(tmp_path):
+    run = Run(tmp_path, config(classes=["calm", "sad"]))
+    run.write_corpus(corpus="ravdess")
+    assert run.table("table1").columns.tolist() == ["class", "utterances", "minutes"]
+
+
+def test_effects_are_paired_like_scipys(run):
+    scores = {("ce", None): (6, 7), ("ce", -3): (7, 9), ("ams", None): (6, 8), ("ams", -3): (8, 9)}
+    for (loss, layer), folds in scores.items():
+        for fold, seed in itertools.product((1, 2), (0, 1)):
+            right = [folds[fold - 1]] * 4
+            right[0] += seed if layer else 0
+            run.predict(fold, seed, right, loss=loss, layer=layer)
+    effects = run.table("effects").set_index(["effect_of", "measure"])
+    row = effects.loc["GMPs, with CE", "UAR"]
+    low, high = stats.ttest_rel([71.25, 91.25], [60, 70]).confidence_interval(0.95)
+    assert (row["this_run"], row["folds_n"]) == (pytest.approx(16.25, abs=0.051), 2)
+    assert (row["folds_low"], row["folds_high"]) == pytest.approx((low, high), abs=0.051)
+    low, high = stats.ttest_rel([80, 82.5], [65, 65]).confidence_interval(0.95)
+    assert (row["seeds_low"], row["seeds_high"], row["seeds_n"]) == pytest.approx((low, high, 2), abs=0.051)
+    published = {name: effects.loc[name]["paper"].tolist() for name in effects.index.levels[0]}
+    assert published == {
+        "GMPs, with CE": [2.2, 2.6],
+        "GMPs, with AMS": [2.2, 2.4],
+        "AMS, without GMPs": [1.8, 1.8],
+        "AMS, with GMPs": [1.8, 1.6],
+    }
+
+
+def test_an_effect_needs_both_rows(run):
+    fill(run)
+    assert run.table("effects")["this_run"].isna().all()
+
+
+def test_folds_sessions_and_confusions_are_kept_apart(run):
+    fill(run)
+    folds = run.table("per_fold")
+    main = folds[(folds["layer"] == -3) & (folds["loss"] == "ams")]
+    assert main[["fold", "seed", "uar"]].to_numpy().tolist() == [[1, 0, 70], [1, 1, 72.5], [2, 0, 80], [2, 1, 82.5]]
+    sessions = run.table("per_session").query("layer == -3 and loss == 'ams'").set_index("session")
+    assert sessions["uar"].to_dict() == {"Ses01": 71.2, "Ses02": 81.2}
+    confusion = run.table("confusion").query("layer == -3 and loss == 'ams'").set_index(["label", "prediction"])
+    assert confusion["count"].sum() == 160
+    assert confusion.loc[("angry", "angry"), "count"] == 7 + 8 + 8 + 9
+    assert confusion.loc[("happy", "neutral"), "percent_of_label"] == 25.0
+    assert "75.0" in run.tables()["confusion.md"]
+
+
+def test_ablations_stand_beside_main(tmp_path):
+    ablations = {
+        "frozen": {"multitask": {"encoder": "frozen"}},
+        "transductive": {"clustering": {"fit_on": "all"}},
+        "again-frozen": {"multitask": {"encoder": "frozen"}},
+    }
+    run = Run(tmp_path, config(ablations=ablations))
+    fill(run)
+    for fold in (1, 2):
+        run.predict(fold, 0, [6, 6, 6, 6], variant="frozen")
+        run.predict(fold, 0, [9, 9, 9, 9], variant="transductive", fit_on="all")
+    rows = run.table("ablations").query("measure == 'UAR'").set_index("variant")
+    assert rows["value"].tolist() == [76.2, 60.0, 90.0, 60.0]
+    assert rows["minus_main"].tolist()[1:] == [-15.0, 15.0, -15.0]
+    assert "TRANSDUCTIVE" in rows.loc["transductive", "k_means_fitted_on"]
+    assert "TRANSDUCTIVE" not in run.tables()["table3.md"]
+
+
+def test_clusters_are_averaged(run):
+    rows = [("main", fold, 0, -3, 64, "nmi_emotion", 0.01 * fold) for fold in (1, 2)]
+    rows.append(("foreign", 1, 0, -3, 64, "nmi_emotion", 1.0))
+    columns = dict(zip(CLUSTER_STATISTICS.schema.names, zip(*rows, strict=True), strict=True))
+    table = pa.table(columns, schema=CLUSTER_STATISTICS.schema)
+    CLUSTER_STATISTICS.write(run.evaluations / "deep/cluster_statistics.parquet", table)
+    row = run.table("clusters").iloc[0]
+    assert (row["layer"], row["size"], row["fits"], row["nmi_emotion"]) == (-3, 64, 2, 0.015)
+
+
+def test_every_table_says_what_it_comes_from(run):
+    run.write_corpus(excluded={"label fru": 3, "label xxx": 4})
+    fill(run)
+    for name, text in run.tables().items():
+        for part in (
+            "240 utterances; 7 excluded",
+            ENCODER,
+            "Seeds: 0, 1; 2 folds by session",
+            "last epoch",
+            configs.identity(run.config),
+        ):
+            assert part in text, name
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [({"selection": "oracle"}, "ORACLE: epoch chosen on the test fold"), ({"fit_on": "all"}, "TRANSDUCTIVE")],
+)
+def test_figures_that_saw_the_test_fold_are_labelled(run, header, words):
+    fill(run, **header)
+    assert all(words in text for text in run.tables().values())
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"encoder": "another"}, f"MIXED encoder: another | {ENCODER}"),
+        ({"selection": "oracle"}, "MIXED selection: ORACLE"),
+        ({"corpus": "emodb"}, "MIXED corpus: emodb | iemocap"),
+        ({"complete": False}, "MIXED corpus: iemocap | iemocap (PARTIAL)"),
+        ({"fit_on": "all"}, "MIXED k-means fitted on: TRANSDUCTIVE"),
+    ],
+)
+def test_mixtures_are_named(run, header, words):
+    fill(run)
+    run.predict(1, 0, [1, 1, 1, 1], layer=-1, **header)
+    assert all(words in text for name, text in run.tables().items() if not name.endswith(".tex"))
+
+
+def test_another_corpus_is_not_compared_with_the_paper(run):
+    run.write_corpus(corpus="emodb")
+    fill(run, corpus="emodb")
+    assert "**NOT COMPARABLE: the published figures are on the complete IEMOCAP" in run.tables()["table2.md"]
+    assert r"\textbf{NOT COMPARABLE" in run.tables()["table3.tex"]
+    third = run.table("table3")
+    assert third["uar_diff"].isna().all()
+    assert third["uar_paper"].notna().all()
+
+
+def test_a_partial_corpus_says_so_everywhere(run):
+    run.write_corpus(complete=False)
+    fill(run, complete=False)
+    assert all("PARTIAL corpus" in text for text in run.tables().values())
+    assert "NOT COMPARABLE" in run.tables()["table2.csv"]
+
+
+def test_the_complete_iemocap_carries_no_warning(run):
+    fill(run)
+    text = "".join(run.tables().values())
+    assert not re.search("NOT COMPARABLE|PARTIAL|MIXED|ORACLE|TRANSDUCTIVE", text)
+
+
+def test_two_files_with_one_claim_are_both_named(run):
+    paths = [run.predict(1, 0, [5, 5, 5, 5]), run.predict(1, 0, [6, 6, 6, 6])]
+    with pytest.raises(UserError) as caught:
+        run.tables()
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_folds_that_share_an_utterance_are_refused(run):
+    run.predict(1, 0, [5, 5, 5, 5])
+    run.predict(2, 0, [5, 5, 5, 5], ids="Ses01-{n}")
+    with pytest.raises(UserError, match=r"Ses01-0 was tested in fold 1 and in fold 2.*seed 0"):
+        run.tables()
+
+
+def test_predictions_of_other_classes_are_refused(run):
+    path = run.predict(1, 0, [5, 5, 5, 5], classes=["angry", "sad"])
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        run.tables()
+
+
+def test_a_missing_summary_is_named(run):
+    (run.evaluations / "corpus.parquet").unlink()
+    with pytest.raises(UserError, match=r"corpus\.parquet is missing"):
+        run.tables()
+
+
+@pytest.mark.parametrize("header", [{"layer": -2}, {"variant": "old"}, {"loss": "aam"}, {"model": "other"}])
+def test_what_the_config_does_not_ask_for_is_ignored(run, caplog, header):
+    fill(run)
+    expected = run.tables()
+    foreign = run.predict(1, 0, [0, 0, 0, 0], **header)
+    assert run.tables() == expected
+    assert str(foreign) in caplog.text
+
+
+@pytest.mark.parametrize(("fold", "seed"), [(3, 0), (1, 9)])
+def test_other_folds_and_seeds_are_ignored(run, fold, seed):
+    fill(run)
+    expected = run.tables()
+    run.predict(fold, seed, [0, 0, 0, 0])
+    assert run.tables() == expected
+
+
+def test_only_the_tables_asked_for_are_made(tmp_path):
+    run = Run(tmp_path, config(tables={"numbers": [2]}))
+    names = run.tables().keys()
+    assert {"table2.csv", "table2.md", "table2.tex"} <= names
+    assert not [name for name in names if name.startswith(("table1", "table3", "table4"))]
+
+
+def test_equal_evaluations_give_equal_bytes_wherever_they_lie(tmp_path):
+    made = []
+    for place, order in (("here", (1, 2)), ("there", (2, 1))):
+        run = Run(tmp_path / place)
+        for fold, seed in itertools.product(order, (1, 0)):
+            run.predict(fold, seed, [fold, 5, 5 + seed, 5])
+        figures(config=run.config, evaluations=run.evaluations, output=run.output)
+        made.append(run.tables())
+    assert made[0] == made[1]
+    assert {"table4.svg", "confusion.svg"} <= made[0].keys()
+    assert not any(str(tmp_path) in text for text in made[0].values())
+
+
+def test_latex_is_well_formed(tmp_path):
+    classes = ["r&b", "50_%", "{odd}", r"a\b#$"]
+    run = Run(tmp_path, config(classes=classes))
+    run.write_corpus(corpus="my_corpus & more")
+    run.predict(1, 0, [5, 5, 5, 5], encoder="a_b^c~d", corpus="my_corpus & more")
+    for name in ("table1.tex", "table2.tex", "table3.tex", "table4.tex"):
+        text = run.tables()[name]
+        body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+        bare = re.sub(r"\\[\\&%$#_{}]", "", body)
+        depths = list(itertools.accumulate({"{": 1, "}": -1}.get(character, 0) for character in bare))
+        assert depths[-1] == 0, name
+        assert min(depths) >= 0, name
+        assert not re.search(r"[%#_^~]", re.sub(r"\\text(?:ascii\w+|backslash)\{\}", "", bare)), name
+        assert bare.count("$") % 2 == 0, name
+        assert text.isascii(), name
+        rows = re.search(r"\\toprule\n(.*)\\bottomrule", body, re.DOTALL).group(1).splitlines()
+        columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", body).group(1))
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows if row != r"\midrule"} == {columns}, name
+
+
+def test_markdown_columns_are_aligned(run):
+    fill(run)
+    for name, text in run.tables().items():
+        if name.endswith(".md"):
+            widths = {len(line) for line in text.splitlines() if line.startswith("|")}
+            assert len(widths) == 1, name
+
+
+def test_csv_holds_numbers(run):
+    fill(run)
+    for column in ("uar_paper", "uar", "uar_std_folds", "uar_std_seeds", "uar_diff", "war"):
+        assert run.table("table3")[column].dtype == float
+        assert run.table("table3")[column].notna().any()
+
+
+def test_tables_are_shown_in_the_terminal(run, capsys):
+    fill(run)
+    run.tables()
+    rendering.show(run.output)
+    shown = capsys.readouterr().out
+    assert all(f"Table {number}" in shown for number in (1, 2, 3, 4))
+    assert "GEmo-CLAP" in shown
+
+
+def test_figures_are_svg_with_what_is_known(run):
+    fill(run)
+    figures(config=run.config, evaluations=run.evaluations, output=run.output)
+    for name in ("table4.svg", "confusion.svg"):
+        root = ElementTree.parse(run.output / name).getroot()
+        assert root.tag.endswith("svg")
+        assert "<dc:date>" not in (run.output / name).read_text()
+
+
+def test_figures_of_nothing_are_made_too(tmp_path):
+    run = Run(tmp_path, config(tables={"numbers": [1], "baseline": "none"}))
+    figures(config=run.config, evaluations=run.evaluations, output=run.output)
+    assert sorted(path.name for path in run.output.iterdir()) == ["confusion.svg", "table4.svg"]
+    assert "per_fold.md" in run.tables()
+
+
+BLOCKER = """
+import sys
+
+ABSENT = {"torch", "torchaudio", "faiss", "transformers", "sklearn", "soundfile", "safetensors"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ImportError(f"{name} is not in the environment of the tables")
+
+sys.meta_path.insert(0, Blocker())
+import json
+from pathlib import Path
+from gmp_atl.config import Config
+from gmp_atl.stages.figures import figures
+from gmp_atl.stages.tables import tables
+config, evaluations, output = sys.argv[1:]
+for stage in (tables, figures):
+    stage(config=Config.model_validate(json.loads(config)), evaluations=Path(evaluations), output=Path(output))
+"""
+
+
+def test_tables_need_neither_torch_nor_faiss(run):
+    fill(run)
+    arguments = [run.config.model_dump_json(), run.evaluations, run.output]
+    done = subprocess.run([sys.executable, "-c", BLOCKER, *arguments], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (run.output / "table4.svg").exists()
+    assert (run.output / "table4.md").exists()
