@@ -1,0 +1,53 @@
+"""Classical reference, first half: the eGeMAPSv02 functionals of every clip, computed by openSMILE.
+
+openSMILE is licensed for research use only, and therefore optional.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gmp_atl import audio
+from gmp_atl.errors import UserError
+from gmp_atl.formats import FUNCTIONALS, UTTERANCES
+
+
+def functionals(*, utterances: Path, audio_root: Path, output: Path) -> None:
+    """Write 88 functionals per clip, without looking at any label.
+
+    A clip under 60 ms is too short for openSMILE, which warns and gives NaN throughout; the baseline imputes
+    that from its training fold.
+
+    Args:
+        utterances: Utterance table.
+        audio_root: Folder that the paths in it are relative to.
+        output: Parquet file of functionals.
+
+    Raises:
+        UserError: openSMILE is not installed, or a clip cannot be decoded.
+    """
+    try:
+        import opensmile
+    except ImportError:
+        raise UserError(
+            "The classical reference row needs openSMILE (for research use only), which is not installed: run "
+            "`make opensmile`, or set tables.baseline: none."
+        ) from None
+    smile = opensmile.Smile(
+        feature_set=opensmile.FeatureSet.eGeMAPSv02,
+        feature_level=opensmile.FeatureLevel.Functionals,
+        num_workers=1,
+    )
+    table, _ = UTTERANCES.read(utterances, columns=["id", "path"])
+    values = [
+        smile.process_signal(audio.load(audio_root / path), audio.SAMPLE_RATE).to_numpy(np.float32)[0]
+        for path in table["path"].to_pylist()
+    ]
+    FUNCTIONALS.write(
+        output,
+        pa.table({"id": table["id"], "values": pa.array(values, FUNCTIONALS.schema.field("values").type)}),
+        features=f"openSMILE {opensmile.__version__} eGeMAPSv02 functionals",
+    )
