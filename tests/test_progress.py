@@ -1,0 +1,103 @@
+"""The progress display, on a toy workflow run by Snakemake itself."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SNAKEFILE = """
+rule all:
+    input: "table.txt", expand("model{fold}.txt", fold=[1, 2, 3])
+
+rule training:
+    output: "model{fold}.txt"
+    log: "logs/{fold}.log"
+    shell:
+        "for n in $(seq 30); do echo epoch $n; done > {log};"
+        " if [ {wildcards.fold} = ${{FAILING:-none}} ]; then exit 3; fi; touch {output}"
+
+rule table:
+    input: "model1.txt"
+    output: "table.txt"
+    shell: "touch {output}"
+"""
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "snakemake", "--cores", "1", "--logger", "gmp", "--keep-going", *options]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    (tmp_path / "Snakefile").write_text(SNAKEFILE, encoding="utf-8")
+    return tmp_path
+
+
+def run(folder: Path, *options: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        command(*options),
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+def test_without_a_terminal_each_finished_job_is_one_line(toy: Path) -> None:
+    code, output = run(toy)
+    assert code == 0
+    assert "Jobs to run: 5 (training 3, table 1, all 1)" in output
+    lines = re.findall(r"^\[(\d)/5\] (\w+(?: fold=\d)?) \(\S+ s\)$", output, re.MULTILINE)
+    assert [int(number) for number, _ in lines] == [1, 2, 3, 4, 5]
+    assert {name for _, name in lines} == {"training fold=1", "training fold=2", "training fold=3", "table", "all"}
+    assert "5 of 5 jobs done" in output
+    assert "rule training:" not in output, "Snakemake's own report of each job is left out"
+
+
+def test_failed_job_is_shown_with_the_end_of_its_log(toy: Path) -> None:
+    code, output = run(toy, FAILING="2")
+    assert code != 0
+    assert "FAILED training fold=2" in output
+    assert "returned non-zero exit status 3" in output
+    assert re.findall(r"epoch (\d+)$", output, re.MULTILINE) == [str(epoch) for epoch in range(11, 31)]
+    assert "logs/2.log, the last 20 lines" in output
+    assert "3 of 5 jobs done" in output
+    assert "1 failed or stopped: training fold=2" in output
+
+
+def test_dry_run_is_snakemakes_own(toy: Path) -> None:
+    code, output = run(toy, "--dry-run")
+    assert code == 0
+    assert "rule training:" in output
+    assert "This was a dry-run" in output
+    assert "Jobs to run" not in output
+
+
+def test_terminal_shows_rules_and_what_remains(toy: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command(), cwd=toy, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            output += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    text = output.decode()
+    assert re.search(r"training\S*\s+\S*\d/3", text)
+    assert "/5 jobs" in text
+    assert "left" in text
+    assert "5 of 5 jobs done" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
