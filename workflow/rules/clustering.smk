@@ -1,0 +1,81 @@
+# Stage 2: the frame-level GMPs, one codebook per layer and size, from the stage-1 HuBERT.
+rule layer_features:
+    input:
+        utterances=rules.corpus.output.utterances,
+        features=rules.local_features.output.features,
+        encoder=encoder_of_stage_1,
+    output:
+        layers=temp(
+            expand("<results>/layer_features/{{variant}}/fold{{fold}}/seed{{seed}}/{layer}.parquet", layer=GMPS)
+        ),
+    log:
+        "<logs>/layer_features/{variant}/fold{fold}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/layer_features/{variant}/fold{fold}/seed{seed}.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: CONFIG.compute.threads
+    resources:
+        gpu=1,
+        mem_mb=12_000,
+        runtime=60,
+    params:
+        config=settings("layer_features"),
+        encoder=subpath(input.encoder, parent=True),
+        layers=GMPS,
+        code=code_hash("layer_features"),
+    shell:
+        "python -m gmp_atl layer_features --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
+        " --fold {wildcards.fold} --utterances {input.utterances} --local-features {input.features}"
+        " --encoder {params.encoder} --layers {params.layers} --outputs {output.layers} 2> {log}"
+
+
+rule clustering:
+    input:
+        utterances=rules.corpus.output.utterances,
+        # Layer features are a function of the encoder; the file's age says nothing, since one pass writes all
+        # layers anew when one more is asked for.
+        encoder=encoder_of_stage_1,
+        features=ancient("<results>/layer_features/{variant}/fold{fold}/seed{seed}/{layer}.parquet"),
+    output:
+        centroids="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.safetensors",
+        labels="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.parquet",
+    log:
+        "<logs>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.log",
+    benchmark:
+        "<benchmarks>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.tsv"
+    conda:
+        "../../envs/faiss.yaml"
+    threads: CONFIG.compute.threads
+    resources:
+        gpu=1,
+        mem_mb=12_000,
+        runtime=60,
+    params:
+        config=settings("clustering"),
+        code=[code_hash("layer_features"), code_hash("clustering")],
+    shell:
+        "python -m gmp_atl clustering --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --size {wildcards.size}"
+        " --utterances {input.utterances} --layer-features {input.features}"
+        " --centroids {output.centroids} --pseudo-labels {output.labels} 2> {log}"
+
+
+rule cluster_statistics:
+    input:
+        utterances=rules.corpus.output.utterances,
+        centroids=codebooks(rules.clustering.output.centroids, layers_of),
+        labels=codebooks(rules.clustering.output.labels, layers_of),
+    output:
+        statistics="<results>/evaluations/clusters/{variant}/fold{fold}/seed{seed}/cluster_statistics.parquet",
+    log:
+        "<logs>/cluster_statistics/{variant}/fold{fold}/seed{seed}.log",
+    conda:
+        "../../envs/faiss.yaml"
+    params:
+        config=settings("cluster_statistics"),
+        code=code_hash("cluster_statistics"),
+    shell:
+        "python -m gmp_atl cluster_statistics --config {params.config:q} --variant {wildcards.variant}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
+        " --centroids {input.centroids} --pseudo-labels {input.labels} --output {output.statistics} 2> {log}"

@@ -1,0 +1,145 @@
+# What the rules share: the validated config, slices of it, and the paths that wildcards alone cannot say.
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+
+from gmp_atl import config as typed
+from gmp_atl.code import code_hash
+from gmp_atl.errors import UserError
+
+try:
+    CONFIG = typed.parse(config)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+pathvars:
+    results=f"results/{CONFIG.name}",
+    logs=f"results/{CONFIG.name}/logs",
+    benchmarks=f"results/{CONFIG.name}/benchmarks",
+
+
+# Rules call the package by its source folder, so that it need not be installed in their environments.
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH='{workflow.basedir}/src' "
+    f"GMP_ATL_CHECKPOINT_MINUTES={CONFIG.compute.checkpoint_minutes}; "
+)
+
+
+wildcard_constraints:
+    variant="[a-z0-9][a-z0-9_-]*",
+    fold=r"\d+",
+    seed=r"\d+",
+    layer=r"-\d+",
+    gmps=r"none|-\d+",
+    size=r"\d+",
+    loss="ce|ams",
+
+
+def settings(stage):
+    """The config slice of a stage under the variant of the job, as JSON: what Snakemake tracks."""
+
+    def of_job(wildcards):
+        variant = typed.variant(CONFIG, wildcards.get("variant", "main"))
+        return json.dumps(typed.slice_for(variant, stage), sort_keys=True)
+
+    return of_job
+
+
+def made_by(stage, pattern, wildcards, **others):
+    """`pattern` for this job, under the variant that makes it: variants share what their changes do not reach."""
+    shared = typed.shared_variant(CONFIG, stage, wildcards.variant)
+    return pattern.format(**{**wildcards, **others, "variant": shared})
+
+
+CORPUS_ROOT = f"results/{CONFIG.name}/release" if CONFIG.corpus.reader == "synthetic" else str(CONFIG.corpus.root)
+# A manifest is a file; the audio lies relative to its folder.
+AUDIO_ROOT = str(Path(CORPUS_ROOT).parent) if CONFIG.corpus.reader == "manifest" else CORPUS_ROOT
+EVALUATIONS = Path(f"results/{CONFIG.name}/evaluations")
+
+if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists() and not EVALUATIONS.exists():
+    from gmp_atl.corpora import missing_release
+
+    raise WorkflowError(missing_release(CONFIG.corpus.reader, CORPUS_ROOT))
+
+SEEDS = CONFIG.seeds
+FOLDS = range(1, len(CONFIG.folds.held_out) + 1)
+SIZES = CONFIG.clustering.sizes
+# Layers whose GMPs the tables ask for.
+GMPS = sorted(
+    ({CONFIG.tables.layer} if {2, 3} & {*CONFIG.tables.numbers} or CONFIG.ablations else set())
+    | (set(CONFIG.tables.layers) if 4 in CONFIG.tables.numbers else set()),
+    reverse=True,
+)
+
+
+def encoder_of_stage_1(wildcards):
+    return made_by("multitask", rules.multitask.output.encoder, wildcards)
+
+
+def codebooks(output, layers):
+    """One file per layer and codebook, of all codebooks that the job's variant has."""
+
+    def of_job(wildcards):
+        sizes = typed.variant(CONFIG, wildcards.variant).clustering.sizes
+        return [
+            made_by("clustering", output, wildcards, layer=layer, size=size)
+            for layer in layers(wildcards)
+            for size in sizes
+        ]
+
+    return of_job
+
+
+def layers_of(wildcards):
+    """Layers whose GMPs a variant is evaluated with: the main run's tables, or the one layer of an ablation."""
+    return GMPS if wildcards.variant == "main" else [CONFIG.tables.layer]
+
+
+def start_of_retraining(wildcards):
+    """The reading retraining.start: the pre-trained HuBERT, or that of stage 1."""
+    if typed.variant(CONFIG, wildcards.variant).retraining.start == "pretrained":
+        return rules.pretrained.output.encoder
+    return encoder_of_stage_1(wildcards)
+
+
+def start_of_finetuning(wildcards):
+    """The retrained HuBERT, or, without GMPs, the pre-trained one."""
+    if wildcards.gmps == "none":
+        return rules.pretrained.output.encoder
+    return made_by("retraining", rules.retraining.output.encoder, wildcards, layer=wildcards.gmps)
+
+
+def head_of_stage_1(wildcards):
+    """Only for the reading finetuning.head: multitask."""
+    if typed.variant(CONFIG, wildcards.variant).finetuning.head == "fresh":
+        return []
+    return made_by("multitask", rules.multitask.output.head, wildcards)
+
+
+def evaluated():
+    """Every evaluation that the tables ask for; runs that several tables share are made once."""
+    numbers, layer = set(CONFIG.tables.numbers), CONFIG.tables.layer
+    systems = set()
+    if 2 in numbers or CONFIG.ablations:
+        systems.add(("main", layer, "ams"))
+    if 3 in numbers:
+        systems |= {("main", gmps, loss) for gmps in ("none", layer) for loss in ("ce", "ams")}
+    if 4 in numbers:
+        systems |= {("main", gmps, "ams") for gmps in CONFIG.tables.layers}
+    systems |= {(typed.shared_variant(CONFIG, "evaluation", name), layer, "ams") for name in CONFIG.ablations}
+    files = [
+        path
+        for variant, gmps, loss in sorted(systems, key=str)
+        for path in expand(
+            rules.evaluation.output.predictions, variant=variant, gmps=gmps, loss=loss, fold=FOLDS, seed=SEEDS
+        )
+    ]
+    if 2 in numbers and CONFIG.tables.baseline == "egemaps":
+        files += expand(rules.baseline.output.predictions, fold=FOLDS)
+    if GMPS:
+        variants = {typed.shared_variant(CONFIG, "clustering", name) for name in ("main", *CONFIG.ablations)}
+        files += expand(rules.cluster_statistics.output.statistics, variant=sorted(variants), fold=FOLDS, seed=SEEDS)
+    return files

@@ -1,0 +1,33 @@
+# Release on disk -> utterance table. Reads no audio twice: later stages start from utterances.parquet.
+rule synthesis:
+    output:
+        index="<results>/release/index.csv",
+    log:
+        "<logs>/synthesis.log",
+    conda:
+        "../../envs/corpus.yaml"
+    params:
+        code=code_hash("synthesis"),
+    shell:
+        "python -m gmp_atl synthesis --output {output.index} 2> {log}"
+
+
+rule corpus:
+    input:
+        release=rules.synthesis.output.index if CONFIG.corpus.reader == "synthetic" else [],
+    output:
+        utterances="<results>/corpus/utterances.parquet",
+        excluded="<results>/corpus/excluded.parquet",
+        summary="<results>/evaluations/corpus.parquet",
+    log:
+        "<logs>/corpus.log",
+    conda:
+        "../../envs/corpus.yaml"
+    threads: CONFIG.compute.threads
+    params:
+        config=settings("corpus"),
+        root=lambda _: CORPUS_ROOT,
+        code=code_hash("corpus"),
+    shell:
+        "python -m gmp_atl corpus --config {params.config:q} --root {params.root:q} --threads {threads}"
+        " --utterances {output.utterances} --excluded {output.excluded} --summary {output.summary} 2> {log}"

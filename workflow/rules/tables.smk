@@ -1,0 +1,52 @@
+# Evaluations -> tables and figures: no audio, features, checkpoints or torch.
+# Numbered tables are also made in LaTeX; `confusion` is long in CSV and square in Markdown.
+PAPER_TABLES = [f"table{number}" for number in sorted(CONFIG.tables.numbers)] + ["effects"] * (
+    3 in CONFIG.tables.numbers
+)
+RUN_TABLES = (
+    ["per_fold", "per_session", "confusion"] * bool(evaluated())
+    + ["clusters"] * bool(GMPS)
+    + ["ablations"] * bool(CONFIG.ablations)
+)
+
+
+rule tables:
+    input:
+        corpus=rules.corpus.output.summary,
+        evaluations=evaluated(),
+    output:
+        expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md"]),
+        expand("<results>/tables/{table}.tex", table=PAPER_TABLES),
+    log:
+        "<logs>/tables.log",
+    conda:
+        "../../envs/tables.yaml"
+    params:
+        config=settings("tables"),
+        evaluations=subpath(input.corpus, parent=True),
+        folder=subpath(output[0], parent=True),
+        code=code_hash("tables"),
+    shell:
+        "python -m gmp_atl tables --config {params.config:q} --evaluations {params.evaluations}"
+        " --output {params.folder} 2> {log}"
+
+
+rule figures:
+    input:
+        corpus=rules.corpus.output.summary,
+        evaluations=evaluated(),
+    output:
+        layers="<results>/figures/table4.svg",
+        confusion="<results>/figures/confusion.svg",
+    log:
+        "<logs>/figures.log",
+    conda:
+        "../../envs/tables.yaml"
+    params:
+        config=settings("tables"),
+        evaluations=subpath(input.corpus, parent=True),
+        folder=subpath(output.layers, parent=True),
+        code=code_hash("figures"),
+    shell:
+        "python -m gmp_atl figures --config {params.config:q} --evaluations {params.evaluations}"
+        " --output {params.folder} 2> {log}"
