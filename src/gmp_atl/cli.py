@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from gmp_atl.errors import UserError
+from gmp_atl.errors import NOTICE, NOTICE_PREFIX, UserError
+from gmp_atl.leases import take_gpu
 
 STAGES = {
     "synthesis": "write the synthetic demo corpus",
@@ -34,9 +35,19 @@ STAGES = {
 }
 
 
+class _Formatter(logging.Formatter):
+    """Plain lines; those that the progress display passes on are marked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = NOTICE_PREFIX if record.levelno >= NOTICE else ""
+        return "\n".join(mark + line for line in super().format(record).splitlines())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one message on stderr and exit code 2, without a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("faiss").setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser("gmp-atl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -55,9 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(stage: str, argv: list[str]) -> int:
     threads = argparse.ArgumentParser(add_help=False)
     threads.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    known, _ = threads.parse_known_args(argv)
-    if known.threads:  # before numpy, torch and faiss read it
+    # Threads and device must be settled before numpy, torch or faiss is imported with the stage.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[threads])
+    early.add_argument("--gpus", type=int, default=0)
+    known, _ = early.parse_known_args(argv)
+    if known.threads:
         os.environ["OMP_NUM_THREADS"] = str(known.threads)
+    if known.gpus:
+        take_gpu()
     function: Callable[..., None] = getattr(importlib.import_module(f"gmp_atl.stages.{stage}"), stage)
     parser = argparse.ArgumentParser(f"gmp-atl {stage}", description=inspect.getdoc(function), parents=[threads])
     hints = get_type_hints(function)

@@ -1,0 +1,86 @@
+"""One GPU per local job: Snakemake counts GPUs but does not say which, so jobs take a lock on one.
+
+A lease is a flock on a file per device in a folder of this host. The kernel gives it up with the process,
+however that ends, so no lease outlives its holder. Under a scheduler (SLURM) the devices are assigned already.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from gmp_atl.errors import NOTICE, UserError
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_REMIND_SECONDS = 60.0
+_held: list[int] = []
+"""Descriptors of the locks that this process holds."""
+
+
+def take_gpu(timeout: float = 3600.0) -> None:
+    """Wait for a free GPU, lock it until this process ends, and make it the only one visible to CUDA.
+
+    Call it before torch or faiss is imported. `timeout` is in seconds.
+
+    Raises:
+        UserError: there is no GPU, or none became free in time.
+    """
+    if os.environ.get("SLURM_JOB_ID"):
+        return
+    devices = _devices()
+    if not devices:
+        raise UserError(
+            "This job was given a GPU (resources: gpu=1), but CUDA_VISIBLE_DEVICES is empty or nvidia-smi lists none. "
+            "Run on the CPU with --workflow-profile workflow/profiles/cpu."
+        )
+    folder = Path(tempfile.gettempdir()) / f"gmp-atl-gpu-leases-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    started = reminded = time.monotonic()
+    while not any(_try(folder / _file_name(device), device) for device in devices):
+        now = time.monotonic()
+        if now - started > timeout:
+            raise UserError(
+                f"No GPU of {', '.join(devices)} became free within {timeout:.0f} s: other gmp-atl jobs hold them "
+                f"(locks in {folder}). Start fewer jobs at once: snakemake --resources gpu={len(devices)}"
+            )
+        if now - reminded > _REMIND_SECONDS or reminded == started:
+            reminded = now
+            log.log(NOTICE, "waiting for one of the GPUs %s", ", ".join(devices))
+        time.sleep(_POLL_SECONDS)
+
+
+def _devices() -> list[str]:
+    """Names that CUDA_VISIBLE_DEVICES understands."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip() and device.strip() != "-1"]
+    try:
+        query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed.stdout.split()
+
+
+def _file_name(device: str) -> str:
+    return device.replace(os.sep, "_") + ".lock"
+
+
+def _try(lock: Path, device: str) -> bool:
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    _held.append(descriptor)
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    log.info("holding GPU %s", device)
+    return True
