@@ -1,4 +1,9 @@
-"""Errors that a user can act on: the command line prints them without a traceback."""
+"""What a user is told: errors to act on, printed without a traceback, and notices."""
+
+NOTICE = 25
+"""Logging level of messages that the DAG's progress display shows, beside the rule's log: NOTICE and above."""
+NOTICE_PREFIX = "note: "
+"""How a rule's log marks them."""
 
 
 class UserError(Exception):

@@ -26,6 +26,8 @@ from rich.text import Text
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
+NOTICE_PREFIX = "note: "
+"""Marks lines of a job's log that are shown when it is done."""
 LOG_LINES = 20
 """Of a failed job's log that are shown."""
 
@@ -51,6 +53,7 @@ class Job:
     rule: str
     name: str
     started: float
+    logs: list[Path]
 
 
 @dataclass
@@ -68,20 +71,22 @@ class Progress:
         """A job starts, perhaps anew after a failure."""
         wildcards = "".join(f" {key}={value}" for key, value in record.wildcards.items())
         self.failed.pop(record.jobid, None)
-        self.running[record.jobid] = Job(record.rule_name, record.rule_name + wildcards, time.monotonic())
+        logs = [Path(log) for log in record.log or []]
+        self.running[record.jobid] = Job(record.rule_name, record.rule_name + wildcards, time.monotonic(), logs)
 
-    def finish(self, jobid: int) -> str:
-        """A job has ended well; returns the line that says so."""
+    def finish(self, jobid: int) -> tuple[str, list[str]]:
+        """A job has ended well; returns the line that says so, and what its log wants the user to see."""
         job = self.running.pop(jobid)
         took = time.monotonic() - job.started
         self.done[job.rule] += 1
         self.seconds[job.rule] = self.seconds.get(job.rule, 0.0) + took
         total = str(self.planned.total())
-        return f"[{self.done.total():>{len(total)}}/{total}] {job.name} ({duration(took)})"
+        line = f"[{self.done.total():>{len(total)}}/{total}] {job.name} ({duration(took)})"
+        return line, [note for log in job.logs for note in notes(log)]
 
     def fail(self, jobid: int, rule: str) -> str:
         """A job has failed; returns the line that says so."""
-        job = self.running.pop(jobid, None) or Job(rule, rule, time.monotonic())
+        job = self.running.pop(jobid, None) or Job(rule, rule, time.monotonic(), [])
         self.failed[jobid] = job.name
         return f"FAILED {job.name} after {duration(time.monotonic() - job.started)}"
 
@@ -187,9 +192,11 @@ class LogHandler(LogHandlerBase):
         elif event == LogEvent.JOB_INFO:
             self.progress.start(record)
         elif event == LogEvent.JOB_FINISHED:
-            line = self.progress.finish(record.job_id)
-            if self.live is None:
+            line, notices = self.progress.finish(record.job_id)
+            if self.live is None or notices:
                 self._say(line)
+            for notice in notices:
+                self._say(f"  {notice}", "yellow")
         elif event == LogEvent.JOB_ERROR:
             self._say(self.progress.fail(record.jobid, record.rule_name), "bold red")
             for key, value in record.aux.items():
@@ -261,6 +268,15 @@ def tail(log: Path) -> str:
     if not last:
         return f"  {log}: empty"
     return f"  {log}, the last {len(last)} lines:\n" + "\n".join(f"  | {line.rstrip()}" for line in last)
+
+
+def notes(log: Path) -> list[str]:
+    """Lines of a job's log that are meant for the terminal."""
+    try:
+        with log.open(errors="replace") as lines:
+            return [line.removeprefix(NOTICE_PREFIX).rstrip() for line in lines if line.startswith(NOTICE_PREFIX)]
+    except OSError:
+        return []
 
 
 def clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from gmp_atl import audio
 from gmp_atl.config import GENDERS, CorpusSlice, FoldsConfig
 from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
-from gmp_atl.errors import UserError
+from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.folds import check_folds
 from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES
 
@@ -83,7 +83,7 @@ def _inspect(found: Corpus) -> tuple[dict[str, int], dict[str, str]]:
                 n_samples[utterance.id] = result.n_samples
                 mixed_down += result.channels > 1
     if mixed_down:
-        logger.info("%d clips have several channels, which are averaged.", mixed_down)
+        logger.log(NOTICE, "%d clips have several channels, which are averaged.", mixed_down)
     return n_samples, rejected
 
 
@@ -146,7 +146,8 @@ def _log(
         of_class = [[each for each in utterances if each.emotion == emotion] for emotion in classes]
         minutes = sum(n_samples[each.id] for each in utterances) / audio.SAMPLE_RATE / 60
         rows.append([fold, group, *map(_female_male, of_class), _female_male(utterances), f"{minutes:.1f}"])
-    logger.info(
+    logger.log(
+        NOTICE,
         "%s: %d utterances of %d speakers; female/male utterances by fold and class:\n%s\nexcluded: %s",
         name,
         len(kept),
