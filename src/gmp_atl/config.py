@@ -24,7 +24,7 @@ from gmp_atl.errors import UserError
 GENDERS = ("female", "male")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Layer = Annotated[int, Field(le=-1, description="Counted from the end: -1 is the last layer.")]
+Layer = Annotated[int, Field(le=-1)]  # counted from the end: -1 is the last layer
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -40,6 +40,7 @@ class CorpusConfig(Section):
     """Which speech corpus is read, and from where."""
 
     reader: Literal["iemocap", "emodb", "ravdess", "manifest", "synthetic"]
+    """Layout of the release; `manifest` for a corpus of your own, `synthetic` for the demo's."""
     root: Path | None = None
     """Folder of the release, or, for `manifest`, the CSV or Parquet file. `synthetic` makes its own."""
     allow_partial: bool = False
@@ -50,6 +51,7 @@ class FoldsConfig(Section):
     """Speaker-independent cross-validation: each fold holds out a group of sessions or speakers."""
 
     by: Literal["session", "speaker"]
+    """What `held_out` names; no speaker may be in two folds in either case."""
     held_out: list[Annotated[list[str], Field(min_length=1)]] = Field(min_length=2)
     """Fold n holds out the n-th group; every utterance of the corpus belongs to exactly one group."""
 
@@ -66,11 +68,17 @@ class ScratchEncoderConfig(Section):
     """Size of a HuBERT with random weights; strides and kernels are those of HuBERT base."""
 
     seed: int = 0
+    """Of the weights; the experiment's seeds are `seeds`."""
     layers: Count = 12
+    """Transformer layers; tables.layers must exist."""
     hidden_size: Count = 192
+    """Width of the transformer; a multiple of `heads` and of 16."""
     heads: Count = 4
+    """Attention heads."""
     feed_forward: Count = 768
+    """Width between the two layers of a feed-forward block."""
     conv_channels: Count = 128
+    """Channels of each of the seven convolutions."""
 
     @model_validator(mode="after")
     def _check(self) -> ScratchEncoderConfig:
@@ -83,6 +91,7 @@ class EncoderConfig(Section):
     """The pre-trained HuBERT."""
 
     source: Literal["hub", "directory", "scratch"]
+    """Hugging Face hub, a folder, or random weights of the size that `scratch` gives."""
     name: str | None = None
     """Hub id, such as facebook/hubert-base-ls960."""
     revision: str | None = None
@@ -126,6 +135,7 @@ class HeadConfig(Section):
     lstm_hidden: Count = 256
     """Per direction."""
     lstm_layers: Count = 1
+    """BiLSTM layers, one upon the other."""
     projection: Count = 256
     """Width between LinearP's two linear layers."""
 
@@ -134,13 +144,16 @@ class SpecAugmentConfig(Section):
     """Feature masking while a classifier is trained; distinct from retraining's masked prediction."""
 
     probability: Fraction = 0.0
+    """probability x frames / length spans are masked; 0 turns it off."""
     length: Count = 10
+    """Frames of a span, at 50 per second."""
 
 
 class OptimisationConfig(Section):
     """Adam and its schedule (paper, Sec. 4.1.2)."""
 
     learning_rate: Positive = 1e-4
+    """Highest of the schedule; reached at the end of the warm-up."""
     batch_size: Count = 64
     """Utterances per update, whatever fits on the device at once: gradients are accumulated."""
     schedule: Literal["linear", "constant"] = "linear"
@@ -154,17 +167,22 @@ class OptimisationConfig(Section):
     dropout: Fraction = 0.1
     """In the transformer: hidden states, activations and the feature projection."""
     attention_dropout: Fraction = 0.1
+    """Of the attention weights."""
     layerdrop: Fraction = 0.0
+    """Probability that a transformer layer is left out of a pass."""
 
 
 class MultitaskConfig(Section):
     """Stage 1: emotion and gender from the utterance (paper, Sec. 3.1, Eq. 1)."""
 
     encoder: Literal["trained", "frozen"] = "trained"
+    """Transformer trained with the head, or frozen; the convolutions are frozen in every stage."""
     emotion_weight: Fraction = 0.9
     """alpha_e of Eq. 1."""
     epochs: Count = 15
+    """Passes over the training utterances."""
     class_weights: Literal["none", "inverse_frequency"] = "none"
+    """Of the emotions in the loss."""
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
     optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
 
@@ -173,8 +191,11 @@ class ClusteringConfig(Section):
     """Stage 2: frame-level gender-augmented multi-scale pseudo-labels, GMPs (paper, Sec. 3.1)."""
 
     sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(default=[64, 512, 4096], min_length=1)
+    """Centroids of each codebook."""
     algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    """k-means on every frame (FAISS), or on mini-batches (scikit-learn)."""
     iterations: Count = 20
+    """Of k-means; for `mini_batch`, passes over the frames at most."""
     fit_on: Literal["training", "all"] = "training"
     """`all` also fits on the held-out frames: transductive, and labelled so in every table."""
 
@@ -189,14 +210,18 @@ class MaskConfig(Section):
     """Span masking of HuBERT: probability x frames / length spans, which may overlap."""
 
     probability: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Expected share of the frames in spans, overlaps counted twice."""
     length: Count = 10
+    """Frames of a span, at 50 per second."""
 
 
 class RetrainingConfig(Section):
     """Stage 3: masked prediction of the GMPs (paper, Sec. 3.2)."""
 
     start: Literal["pretrained", "multitask"] = "pretrained"
+    """Which HuBERT is retrained: the pre-trained one, or that of stage 1."""
     updates: Count = 20_000
+    """Optimiser steps."""
     mask: MaskConfig = MaskConfig()
     unmasked_weight: float = Field(0.0, ge=0)
     """Weight of the unmasked frames in the loss; HuBERT predicts masked frames only."""
@@ -211,15 +236,18 @@ class FinetuningConfig(Section):
     """Stage 4: emotion from the utterance (paper, Sec. 3.3, Eqs. 2 and 3)."""
 
     epochs: Count = 15
+    """Passes over the training utterances."""
     scale: Positive = 30.0
     """s of Eq. 2."""
     margin: float = Field(0.2, ge=0)
     """m of Eq. 2."""
     head: Literal["fresh", "multitask"] = "fresh"
+    """BiLSTM and LinearP begin at random, or as stage 1 left them; the last layer of AM-Softmax has no bias."""
     selection: Literal["last", "held_out_training_group", "oracle"] = "last"
     """Which epoch is tested: the last; the best on one group of the training folds, which is then not
     trained on; or the best on the test fold, which every table calls an oracle."""
     class_weights: Literal["none", "inverse_frequency"] = "none"
+    """Of the emotions in the loss."""
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
     optimisation: OptimisationConfig = OptimisationConfig(schedule="constant")
 
@@ -228,6 +256,7 @@ class TablesConfig(Section):
     """Which of the paper's tables a run makes."""
 
     numbers: list[Annotated[int, Field(ge=1, le=4)]] = Field(default=[1, 2, 3, 4], min_length=1)
+    """As in the paper; only the runs that these need are made."""
     layer: Layer = -3
     """Of the GMPs in Tables 2 and 3."""
     layers: list[Layer] = Field(default=[-1, -2, -3, -4, -5, -6, -7, -8], min_length=1)
@@ -242,6 +271,7 @@ class Config(Section):
     name: Name
     """Results go to results/<name>."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Every seed repeats all folds and stages; tables give mean and deviation over them."""
     corpus: CorpusConfig
     classes: list[str] = Field(min_length=2)
     """Emotions that are kept, in the order of the model's outputs; all others are listed as excluded."""
@@ -279,7 +309,7 @@ class Config(Section):
 
 
 NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes"}}
-"""Keys that say where and how fast, not what; editing them reruns nothing."""
+"""Keys that say where and how fast, not what: no part of the experiment's identity, nor of what a stage is given."""
 
 ABLATABLE = frozenset({"multitask", "clustering", "retraining", "finetuning", "head"})
 
@@ -338,7 +368,6 @@ class FinetuningSlice(Section):
     folds: FoldsConfig
     compute: ComputeConfig
     head: HeadConfig
-    clustering: ClusteringConfig
     finetuning: FinetuningConfig
 
 

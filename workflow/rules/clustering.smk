@@ -33,10 +33,7 @@ rule layer_features:
 rule clustering:
     input:
         utterances=rules.corpus.output.utterances,
-        # Layer features are a function of the encoder; the file's age says nothing, since one pass writes all
-        # layers anew when one more is asked for.
-        encoder=encoder_of_stage_1,
-        features=ancient("<results>/layer_features/{variant}/fold{fold}/seed{seed}/{layer}.parquet"),
+        features="<results>/layer_features/{variant}/fold{fold}/seed{seed}/{layer}.parquet",
     output:
         centroids="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.safetensors",
         labels="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.parquet",
@@ -53,7 +50,7 @@ rule clustering:
         runtime=60,
     params:
         config=settings("clustering"),
-        code=[code_hash("layer_features"), code_hash("clustering")],
+        code=code_hash("clustering"),
     shell:
         "python -m gmp_atl clustering --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --size {wildcards.size}"

@@ -55,11 +55,12 @@ rule evaluation:
         runtime=30,
     params:
         config=settings("evaluation"),
+        fit_on=lambda wildcards: typed.variant(CONFIG, wildcards.variant).clustering.fit_on,
         model=subpath(input.encoder, parent=True),
         code=code_hash("evaluation"),
     shell:
         "python -m gmp_atl evaluation --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --variant {wildcards.variant}"
-        " --gmps {wildcards.gmps} --loss {wildcards.loss} --utterances {input.utterances}"
+        " --gmps {wildcards.gmps} --loss {wildcards.loss} --fit-on {params.fit_on} --utterances {input.utterances}"
         " --local-features {input.features} --model {params.model}"
         " --predictions {output.predictions} --metrics {output.metrics} 2> {log}"

@@ -1,13 +1,7 @@
 # Evaluations -> tables and figures: no audio, features, checkpoints or torch.
-# Numbered tables are also made in LaTeX; `confusion` is long in CSV and square in Markdown.
-PAPER_TABLES = [f"table{number}" for number in sorted(CONFIG.tables.numbers)] + ["effects"] * (
-    3 in CONFIG.tables.numbers
-)
-RUN_TABLES = (
-    ["per_fold", "per_session", "confusion"] * bool(evaluated())
-    + ["clusters"] * bool(GMPS)
-    + ["ablations"] * bool(CONFIG.ablations)
-)
+PAPER_TABLES = [f"table{number}" for number in sorted(CONFIG.tables.numbers)]
+RUN_TABLES = ["effects", "per_fold", "per_session", "confusion"] + ["clusters"] * bool(GMPS)
+RUN_TABLES += ["ablations"] * bool(CONFIG.ablations)
 
 
 rule tables:

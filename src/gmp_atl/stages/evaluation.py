@@ -30,13 +30,18 @@ def evaluation(
     variant: str,
     gmps: int | None,
     loss: str,
+    fit_on: str,
     fold: int,
     seed: int,
     predictions: Path,
     metrics: Path,
     gpus: int = 0,
 ) -> None:
-    """Classify the fold's held-out utterances, whole and without margin; `gmps` is the layer of the GMPs.
+    """Classify the fold's held-out utterances, whole and without margin.
+
+    Args:
+        gmps: layer of the GMPs, None without.
+        fit_on: the reading clustering.fit_on, which the tables must tell.
 
     Raises:
         LeakageError: the model has been fitted on one of them.
@@ -72,7 +77,7 @@ def evaluation(
         complete=corpus["complete"],
         encoder=origin["encoder"],
         selection=config.finetuning.selection,
-        fit_on=config.clustering.fit_on,
+        fit_on=fit_on,
     )
     labels = np.array([config.classes.index(name) for name in rows["label"]])
     matrix = confusion(labels, chosen, len(config.classes))

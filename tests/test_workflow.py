@@ -1,0 +1,261 @@
+"""The DAG: what is planned, what an edit reruns, and a whole small run on synthetic speech."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": [1],
+    "corpus": {"reader": "synthetic", "root": None},
+    "folds": {"held_out": [["Ses01", "Ses02"], ["Ses03", "Ses04", "Ses05"]]},
+    "encoder": {
+        "source": "scratch",
+        "scratch": {"layers": 12, "hidden_size": 32, "heads": 2, "feed_forward": 64, "conv_channels": 16},
+    },
+    "compute": {"threads": 1, "precision": "float32"},
+    "head": {"lstm_hidden": 8, "projection": 8},
+    "multitask": {"epochs": 1, "optimisation": {"batch_size": 32, "max_clip_seconds": 1.0, "attention_dropout": 0.0}},
+    "clustering": {"sizes": [8, 16], "iterations": 3},
+    "retraining": {"updates": 2, "projection": 8, "optimisation": {"batch_size": 32, "max_clip_seconds": 1.0}},
+    "finetuning": {"epochs": 1, "optimisation": {"batch_size": 32, "max_clip_seconds": 1.0}},
+    "tables": {"layers": [-1, -3], "baseline": "none"},
+}
+
+
+def prepared(folder: Path, *arguments: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments for subprocess: snakemake in `folder`, on the repository's workflow, without its profiles."""
+    shutil.copy(ROOT / "config.yaml", folder / "config.yaml")
+    overlay = []
+    if config is not None:
+        (folder / "overlay.yaml").write_text(yaml.safe_dump(config))
+        overlay = ["--configfile", "overlay.yaml"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
+    command += ["--cores", "2", "--resources", "gpu=0", "--workflow-profile", "none"]
+    command += ["--rerun-triggers", "mtime", "params", "input", "code"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {"args": [*command, *overlay, *arguments], "cwd": folder, "env": {**os.environ, "PATH": path}}
+
+
+def snakemake(folder: Path, *arguments: str, config: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run what `prepared` says, to its end."""
+    return subprocess.run(**prepared(folder, *arguments, config=config), capture_output=True, text=True, check=False)
+
+
+def plan(folder: Path, *arguments: str, config: dict[str, Any] | None = None) -> Counter[str]:
+    """Jobs per rule that snakemake would run."""
+    run = snakemake(folder, "--dry-run", *arguments, config=config)
+    assert run.returncode == 0, run.stderr
+    output = run.stdout + run.stderr
+    if "Nothing to be done" in output:
+        return Counter()
+    table = output.split("Job stats:")[-1]
+    jobs = Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, flags=re.MULTILINE)})
+    del jobs["total"], jobs["all"]
+    return jobs
+
+
+def overlaid(*changes: dict[str, Any]) -> dict[str, Any]:
+    """TINY with changes, section by section."""
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+    for change in changes:
+        for key, value in change.items():
+            config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny run has been completed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    run = snakemake(folder, config=TINY)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> Path:
+    """A folder with empty places where the presets expect corpora: enough to plan."""
+    for place in ("data/IEMOCAP_full_release", "data/emodb", "data/RAVDESS", "data/my-corpus"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "data/my-corpus/manifest.csv").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("preset", "folds", "seeds", "layers"),
+    [("demo", 5, 1, 4), (None, 5, 3, 8), ("emodb", 5, 1, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
+)
+def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds: int, seeds: int, layers: int) -> None:
+    config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
+    runs = folds * seeds
+    systems = layers + 3  # the layers with AM-Softmax (Tables 2 and 4), and three more rows of Table 3
+    assert plan(corpora, config=config) == Counter(
+        {
+            "synthesis": int(preset == "demo"),
+            "corpus": 1,
+            "pretrained": 1,
+            "local_features": 1,
+            "functionals": 1,
+            "baseline": folds,
+            "multitask": runs,
+            "layer_features": runs,
+            "clustering": runs * layers * 3,
+            "cluster_statistics": runs,
+            "retraining": runs * layers,
+            "finetuning": runs * systems,
+            "evaluation": runs * systems,
+            "tables": 1,
+            "figures": 1,
+        }
+    )
+
+
+def test_missing_iemocap_stops_at_once_and_says_what_to_do(tmp_path: Path) -> None:
+    run = snakemake(tmp_path)
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    for word in ("data/IEMOCAP_full_release", "sail.usc.edu", "make demo"):
+        assert word in output
+    assert not (tmp_path / "results").exists()
+
+
+def test_unknown_and_mistyped_keys_are_named(tmp_path: Path) -> None:
+    run = snakemake(tmp_path, config={**TINY, "finetuning": {"marign": 0.1, "epochs": "1e1"}})
+    output = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "finetuning.marign" in output
+    assert "finetuning.epochs" in output
+    assert "Traceback" not in output
+
+
+def test_tables_hold_every_row_of_the_run(finished: Path) -> None:
+    tables = finished / "results/tiny/tables"
+    table3 = pd.read_csv(tables / "table3.csv", comment="#")
+    table4 = pd.read_csv(tables / "table4.csv", comment="#")
+    assert (table3["folds_seeds"] == "2/2").all()
+    assert table4.set_index("gmp_layer")["folds_seeds"].to_dict() == {
+        layer: "2/2" if layer in (-1, -3) else "not run" for layer in range(-1, -9, -1)
+    }
+    predictions = sorted((finished / "results/tiny/evaluations").glob("main/**/predictions.parquet"))
+    assert len(predictions) == 5 * 2
+    assert not list((finished / "results/tiny").rglob("*.part"))
+    assert not (finished / "results/tiny/layer_features").exists() or not list(
+        (finished / "results/tiny/layer_features").rglob("*.parquet")
+    )
+
+
+def test_second_run_has_nothing_to_do(finished: Path) -> None:
+    assert plan(finished, config=TINY) == Counter()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"compute": {"threads": 2, "checkpoint_minutes": 1}}, {}),
+        ({"tables": {"numbers": [1, 4]}}, {"tables": 1, "figures": 1}),
+        ({"finetuning": {"margin": 0.3}}, {"finetuning": 10, "evaluation": 10, "tables": 1, "figures": 1}),
+        (
+            {"retraining": {"updates": 3}},
+            {"retraining": 4, "finetuning": 6, "evaluation": 6, "tables": 1, "figures": 1},
+        ),
+        (
+            {"clustering": {"iterations": 4}},
+            {
+                "layer_features": 2,
+                "clustering": 8,
+                "cluster_statistics": 2,
+                "retraining": 4,
+                "finetuning": 6,
+                "evaluation": 6,
+                "tables": 1,
+                "figures": 1,
+            },
+        ),
+        (
+            # One pass writes all layers, so that one more layer means all of them again.
+            {"tables": {"layers": [-1, -2, -3]}},
+            {
+                "layer_features": 2,
+                "clustering": 12,
+                "cluster_statistics": 2,
+                "retraining": 6,
+                "finetuning": 8,
+                "evaluation": 8,
+                "tables": 1,
+                "figures": 1,
+            },
+        ),
+        (
+            {"seeds": [1, 2]},
+            {
+                "multitask": 2,
+                "layer_features": 2,
+                "clustering": 8,
+                "cluster_statistics": 2,
+                "retraining": 4,
+                "finetuning": 10,
+                "evaluation": 10,
+                "tables": 1,
+                "figures": 1,
+            },
+        ),
+        (
+            {"ablations": {"low-mask": {"retraining": {"mask": {"probability": 0.06, "length": 15}}}}},
+            {"layer_features": 0, "retraining": 2, "finetuning": 2, "evaluation": 2, "tables": 1, "figures": 1},
+        ),
+        (
+            {"ablations": {"no-margin": {"finetuning": {"margin": 0.0}}}},
+            {"finetuning": 2, "evaluation": 2, "tables": 1, "figures": 1},
+        ),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else None,
+)
+def test_an_edit_reruns_exactly_what_depends_on_it(
+    finished: Path, change: dict[str, Any], expected: dict[str, int]
+) -> None:
+    assert plan(finished, config=overlaid(change)) == Counter(expected)
+
+
+def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: Path) -> None:
+    made = finished / "results/tiny"
+    shutil.copytree(made / "evaluations", tmp_path / "results/tiny/evaluations")
+    assert plan(tmp_path, config=TINY) == Counter({"tables": 1, "figures": 1})
+    run = snakemake(tmp_path, config=TINY)
+    assert run.returncode == 0, run.stderr
+    again = tmp_path / "results/tiny"
+    for kind in ("tables", "figures"):
+        assert {path.name: path.read_bytes() for path in (again / kind).iterdir()} == {
+            path.name: path.read_bytes() for path in (made / kind).iterdir()
+        }
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_tables(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the DAG; the next call completes it, on one core and in another order."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(**prepared(tmp_path, config=TINY), **quiet, start_new_session=True)
+    wanted = tmp_path / "results/tiny/retraining"
+    while process.poll() is None and not list(wanted.rglob("model.safetensors")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    unlock = snakemake(tmp_path, "--unlock", config=TINY)
+    assert unlock.returncode == 0, unlock.stderr
+    run = snakemake(tmp_path, "--rerun-incomplete", "--cores", "1", config=TINY)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for table in (finished / "results/tiny/tables").glob("*.csv"):
+        assert (tmp_path / "results/tiny/tables" / table.name).read_bytes() == table.read_bytes()
