@@ -22,7 +22,7 @@ COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-ind
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 
-.PHONY: help setup opensmile demo test lint format lock envs clean
+.PHONY: help setup opensmile demo test lint format lock envs reference clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -92,6 +92,9 @@ $(UV): | .venv/bin/python
 
 envs: opensmile  ## write envs/*.yaml from the locks
 	python tools/envs.py
+
+reference: setup  ## write docs/config.md and the config's schema from the typed config
+	python tools/config_reference.py
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
