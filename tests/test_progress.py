@@ -20,6 +20,7 @@ rule training:
     log: "logs/{fold}.log"
     shell:
         "for n in $(seq 30); do echo epoch $n; done > {log};"
+        " echo note: fold {wildcards.fold} has few frames >> {log}; echo note: of this corpus >> {log};"
         " if [ {wildcards.fold} = ${{FAILING:-none}} ]; then exit 3; fi; touch {output}"
 
 rule table:
@@ -63,12 +64,20 @@ def test_without_a_terminal_each_finished_job_is_one_line(toy: Path) -> None:
     assert "rule training:" not in output, "Snakemake's own report of each job is left out"
 
 
+def test_notices_in_a_log_are_shown_once(toy: Path) -> None:
+    _, output = run(toy)
+    assert sorted(re.findall(r"^  (fold \d has few frames)$", output, re.MULTILINE)) == [
+        f"fold {fold} has few frames" for fold in (1, 2, 3)
+    ]
+    assert output.count("of this corpus") == 1
+
+
 def test_failed_job_is_shown_with_the_end_of_its_log(toy: Path) -> None:
     code, output = run(toy, FAILING="2")
     assert code != 0
     assert "FAILED training fold=2" in output
     assert "returned non-zero exit status 3" in output
-    assert re.findall(r"epoch (\d+)$", output, re.MULTILINE) == [str(epoch) for epoch in range(11, 31)]
+    assert re.findall(r"epoch (\d+)$", output, re.MULTILINE) == [str(epoch) for epoch in range(13, 31)]
     assert "logs/2.log, the last 20 lines" in output
     assert "3 of 5 jobs done" in output
     assert "1 failed or stopped: training fold=2" in output

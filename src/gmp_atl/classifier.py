@@ -40,15 +40,20 @@ def save(model: Classifier, folder: Path, /, **metadata: Any) -> None:
     encoders.save_tensors(head, folder / "head.safetensors", **metadata)
 
 
-def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> None:
-    """Fill the head from a folder that `save` wrote; not strict: only what both have, in equal shapes."""
+def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> dict[str, Any]:
+    """Fill the head from a folder that `save` wrote; not strict: only what both have, in equal shapes.
+
+    Returns:
+        The metadata that it was saved with.
+    """
     path = folder / "head.safetensors"
-    tensors, _ = encoders.load_tensors(path)
+    tensors, metadata = encoders.load_tensors(path)
     own = model.head.state_dict()
     fitting = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
-    if strict and fitting.keys() != own.keys():
+    if strict and not fitting.keys() == own.keys() == tensors.keys():
         raise UserError(f"{path} is not the head that the config describes; delete it and run snakemake again.")
     model.head.load_state_dict(fitting, strict=False)
+    return metadata
 
 
 def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor | None:

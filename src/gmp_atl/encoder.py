@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,13 @@ class Architecture:
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise UserError(f"{source}: {key} is {config[key]!r}, but only {value!r} is supported.")
-        try:
-            fields = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-            return cls(**{**fields, "conv_dim": tuple(config["conv_dim"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{source} is not the config.json of a HuBERT: {error} is missing.") from None
+        absent = [field.name for field in fields(cls) if field.default is MISSING and field.name not in config]
+        if absent:
+            raise UserError(f"{source} is not the config.json of a HuBERT: {', '.join(absent)} is missing.")
+        if len(config["conv_dim"]) != len(CONV_KERNELS):
+            raise UserError(f"{source}: conv_dim has {len(config['conv_dim'])} layers, not {len(CONV_KERNELS)}.")
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        return cls(**{**known, "conv_dim": tuple(config["conv_dim"])})
 
     def to_config(self) -> dict[str, Any]:
         """A `config.json` from which `HubertModel.from_pretrained` builds the same network."""
@@ -326,7 +328,7 @@ class TransformerLayer(nn.Module):
 
 
 def from_scratch(config: ScratchEncoderConfig) -> Encoder:
-    """A HuBERT with seeded random weights, initialised as transformers does; equal seeds, equal weights."""
+    """A HuBERT with seeded random weights; equal seeds, equal weights. Linear layers are as in transformers."""
     architecture = Architecture(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
@@ -334,15 +336,20 @@ def from_scratch(config: ScratchEncoderConfig) -> Encoder:
         intermediate_size=config.feed_forward,
         conv_dim=(config.conv_channels,) * len(CONV_KERNELS),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(config.seed)
         encoder = Encoder(architecture)
         for module in encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for layer in encoder.feature_extractor.conv_layers:
-            nn.init.kaiming_normal_(layer.conv.weight)  # type: ignore[union-attr,arg-type]
+        for number, layer in enumerate(encoder.feature_extractor.conv_layers):
+            weight: Tensor = layer.conv.weight  # type: ignore[union-attr,assignment]
+            nn.init.kaiming_normal_(weight)
+            if number > 0:
+                # GELU leaves every channel with about the same positive mean. Filters that sum to zero take it off;
+                # else it grows from layer to layer until clips differ by 3 % of their features' power only.
+                weight.sub_(weight.mean(dim=(1, 2), keepdim=True))
     return encoder
 
 
@@ -375,6 +382,8 @@ def load_architecture(folder: Path, regularisation: Regularisation | None = None
         raise UserError(f"{path} is missing; {folder} should hold config.json and model.safetensors.") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
     return Encoder(Architecture.from_config(config, path), regularisation)
 
 
@@ -396,6 +405,19 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, /, **metadata: Any) -> 
     """Write a safetensors file atomically, with a JSON object of metadata in its header."""
     with atomic(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header in one order, since safetensors takes another in each process: equal runs, equal files."""
+    with path.open("rb+") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size  # offsets count from the end of the header, which must stay where it is
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -135,11 +135,11 @@ class Trainer:
         with _sigterm_as_flag() as terminated:
             while self.progress.update < self.updates:
                 seconds += self._update()
-                now = time.monotonic()
-                if terminated.is_set or now - saved >= 60 * CHECKPOINT_MINUTES:
+                now, stop = time.monotonic(), terminated.is_set  # read once: what is stopped has been saved
+                if stop or now - saved >= 60 * CHECKPOINT_MINUTES:
                     self._save()
                     saved = now
-                if terminated.is_set:
+                if stop:
                     log.warning("%s: stopped by SIGTERM after update %d", self.key.stage, self.progress.update)
                     raise SystemExit(128 + signal.SIGTERM)
                 if now - reported >= _PROGRESS_SECONDS:

@@ -53,7 +53,8 @@ def finetuning(
     model = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
     inputs = [utterances, encoder / "model.safetensors"]
     if multitask_head is not None:
-        classifier.load_head(model, multitask_head, strict=False)
+        taken_over = classifier.load_head(model, multitask_head, strict=False)
+        whole.refuse_leaks(taken_over["fitted_on"], multitask_head)
         inputs.append(multitask_head / "head.safetensors")
     labels = _labels(split, config.classes)
     weights = classifier.class_weights(labels, config.classes, settings.class_weights).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def pretrained(*, config: EncoderSlice, output: Path) -> None:
     else:
         encoder = _from_folder(_download(settings), settings)
         description = f"{settings.name}@{str(settings.revision)[:8]}"
-    identity = f"{description}, sha256 {_digest(encoder)[:12]}"
+    identity = f"{description}, sha256 {_digest(encoder)[:12]}" + ", normalised audio" * settings.normalise_audio
     encoders.save(encoder, output, encoder=identity, fitted_on=[])
     log.info("pre-trained encoder: %s", identity)
 
@@ -57,7 +58,10 @@ def _from_archive(folder: Path, archive: Path, settings: EncoderConfig) -> Encod
             f"by encoder.sha256: {encoders.sha256(archive)} if you trust it."
         )
     _check_digest(archive, settings.sha256)
-    tensors: dict[str, Tensor] = torch.load(archive, map_location="cpu", weights_only=True)
+    try:
+        tensors: dict[str, Tensor] = torch.load(archive, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):  # torch advises to run what the file holds
+        raise UserError(f"{archive} is damaged, or holds more than tensors; it is not a HuBERT's weights.") from None
     encoder = encoders.load_architecture(folder)
     encoders.load_weights(encoder, tensors, archive)
     return encoder

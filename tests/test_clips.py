@@ -1,0 +1,155 @@
+"""Batches: every clip once, little padding, a budget that holds, and crops that are slices."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, random_crops, whole, within_budget
+from gmp_atl.config import FoldsConfig
+from gmp_atl.errors import UserError
+from gmp_atl.folds import everything, training_split
+
+LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clips_of(lengths: list[int]) -> Clips:
+    """Clips whose values say where they are from: (clip, frame)."""
+    frames = [np.stack([np.full(n, clip), np.arange(n)], axis=1).astype(np.float16) for clip, n in enumerate(lengths)]
+    return Clips([f"clip{number}" for number in range(len(lengths))], frames)
+
+
+# Epochs.
+
+
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=900), size=st.integers(1, 64), seed=st.integers(0, 9))
+def test_an_epoch_has_every_clip_once_in_full_batches_but_one(lengths, size, seed):
+    batches = epoch_batches(np.array(lengths), size, generator(seed))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / size)
+    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
+
+
+def test_epochs_differ_by_their_generator_alone():
+    lengths = np.arange(200)
+    first, again, other = (epoch_batches(lengths, 8, generator(seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def padding_share(batches: list[list[int]], lengths: np.ndarray, budget: float) -> float:
+    """Of the frames that go through the transformer in crops of at most 10 s."""
+    crops = [Crop(index, 0, int(min(length, 500))) for index, length in enumerate(lengths)]
+    groups = [group for batch in batches for group in within_budget([crops[index] for index in batch], budget)]
+    padded = sum(max(crop.length for crop in group) * len(group) for group in groups)
+    return 1 - sum(crop.length for crop in crops) / padded
+
+
+def test_batches_of_similar_length_waste_little_on_padding():
+    """Durations as IEMOCAP's: median 3.58 s, mean 4.55 s, from 0.585 s to 34.1 s, in a fold of 4400 clips."""
+    sigma = math.sqrt(2 * math.log(4.55 / 3.58))
+    seconds = np.random.default_rng(0).lognormal(math.log(3.58), sigma, 4400)
+    lengths = (seconds * 50).clip(28, 1706).astype(int)
+    random_batches = [batch.tolist() for batch in torch.randperm(len(lengths), generator=generator()).split(64)]
+    assert padding_share(epoch_batches(lengths, 64, generator()), lengths, budget=320.0) <= 0.03
+    assert padding_share(random_batches, lengths, budget=320.0) > 0.3
+    assert padding_share(random_batches, lengths, budget=1e9) > 0.5
+
+
+def test_batches_of_similar_length_still_meet_other_clips_in_every_epoch():
+    """Were all clips sorted together, a batch would be the same in every epoch."""
+    lengths = np.random.default_rng(0).integers(28, 1706, 4400)
+    partners = [
+        next(set(batch) for batch in epoch_batches(lengths, 64, generator(epoch)) if 0 in batch) for epoch in range(20)
+    ]
+    assert len(set.union(*partners)) > 100
+
+
+# Budget.
+
+
+@given(lengths=LENGTHS, frames=st.integers(1, 300))
+def test_a_budget_holds_and_loses_no_crop(lengths, frames):
+    crops = [Crop(index, 0, length) for index, length in enumerate(lengths)]
+    groups = list(within_budget(crops, frames * FRAME_SECONDS))
+    assert sorted((crop for group in groups for crop in group), key=lambda crop: crop.index) == crops
+    for group in groups:
+        assert len(group) == 1 or max(crop.length for crop in group) * len(group) <= frames
+
+
+def test_what_fits_stays_together():
+    crops = [Crop(index, 0, 10) for index in range(12)]
+    assert [len(group) for group in within_budget(crops, 40 * FRAME_SECONDS)] == [4, 4, 4]
+    assert [len(group) for group in within_budget(crops, 1e9)] == [12]
+
+
+# Crops.
+
+
+@given(lengths=LENGTHS, frames=st.integers(1, 90), seed=st.integers(0, 99))
+def test_a_crop_lies_within_its_clip_and_is_as_long_as_it_may_be(lengths, frames, seed):
+    crops = random_crops(clips_of(lengths), range(len(lengths)), (frames + 0.5) * FRAME_SECONDS, generator(seed))
+    for crop, length in zip(crops, lengths, strict=True):
+        assert crop.length == min(length, frames)
+        assert 0 <= crop.start <= length - crop.length
+
+
+def test_ten_seconds_are_500_frames_and_every_start_occurs():
+    clips = clips_of([503])
+    crops = [random_crops(clips, [0], 10.0, generator(seed))[0] for seed in range(60)]
+    assert {crop.length for crop in crops} == {500}
+    assert {crop.start for crop in crops} == {0, 1, 2, 3}
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+def test_a_batch_holds_slices_and_zeros(lengths, seed):
+    clips = clips_of(lengths)
+    crops = random_crops(clips, range(len(lengths)), 20 * FRAME_SECONDS, generator(seed))
+    batch = collate(clips, crops, CPU)
+    assert batch.local.dtype == torch.float32
+    for row, index, start, length in zip(batch.local, batch.indices, batch.starts, batch.lengths.tolist(), strict=True):
+        assert row[:length, 0].eq(index).all()
+        assert row[:length, 1].tolist() == list(range(start, start + length))
+        assert not row[length:].any()
+
+
+def test_testing_sees_whole_clips():
+    assert [(crop.start, crop.length) for crop in whole(clips_of([3, 2000]))] == [(0, 3), (0, 2000)]
+
+
+# Files.
+
+FOLDS = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
+
+
+def test_clips_of_a_split_are_read_in_its_order_and_no_others(inputs):
+    split = training_split(inputs.utterances, FOLDS, 2)
+    clips = Clips.read(inputs.local_features, split, encoder="tiny random HuBERT")
+    assert clips.ids == inputs.ids("S1", "S3")
+    assert all(np.array_equal(clips.local[row], inputs.frames[name]) for row, name in enumerate(clips.ids))
+    assert clips.lengths.tolist() == [len(inputs.frames[name]) for name in clips.ids]
+
+
+def test_features_of_another_encoder_are_refused(inputs):
+    with pytest.raises(UserError, match="features of tiny random HuBERT, but the model is built on another"):
+        Clips.read(inputs.local_features, everything(inputs.utterances), encoder="another")
+
+
+def test_a_clip_without_features_is_named(inputs, tmp_path, write_utterances):
+    row = {"id": "S1_new", "speaker": "S1f", "session": "S1"}
+    with pytest.raises(UserError, match="lacks 1 clips, S1_new among them"):
+        Clips.read(
+            inputs.local_features,
+            everything(write_utterances(tmp_path / "utterances.parquet", [row])),
+            encoder="tiny random HuBERT",
+        )
