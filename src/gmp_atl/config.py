@@ -132,6 +132,7 @@ class HeadConfig(Section):
     """Utterance head of stages 1 and 4: BiLSTM, mean over valid frames, LinearP (paper, Fig. 1)."""
 
     layer: Layer = -1
+    """Of HuBERT that the head reads, counted from the end: -1 is the last."""
     lstm_hidden: Count = 256
     """Per direction."""
     lstm_layers: Count = 1
@@ -213,6 +214,8 @@ class MaskConfig(Section):
     """Expected share of the frames in spans, overlaps counted twice."""
     length: Count = 10
     """Frames of a span, at 50 per second."""
+    min_spans: Count = 1
+    """Spans of a clip at least; P-TAPT's reading takes two."""
 
 
 class RetrainingConfig(Section):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def span_mask(lengths: Tensor, probability: float, length: int, generator: torch.Generator) -> Tensor:
+def span_mask(
+    lengths: Tensor, probability: float, length: int, generator: torch.Generator, *, min_spans: int = 1
+) -> Tensor:
     """Masks as HuBERT draws them (Hsu et al. 2021, Sec. II-C; Baevski et al. 2020, Sec. 3.1).
 
     Each clip gets probability x frames / length spans (rounded at random), with distinct starts but free to
@@ -18,6 +20,7 @@ def span_mask(lengths: Tensor, probability: float, length: int, generator: torch
         lengths: valid frames per clip, (batch,).
         probability: expected share of span frames, overlaps counted twice.
         length: frames of a span.
+        min_spans: spans of a clip at least, as far as it has room for different ones.
 
     Returns:
         (batch, longest clip) of bool, on the CPU.
@@ -27,7 +30,7 @@ def span_mask(lengths: Tensor, probability: float, length: int, generator: torch
         span = max(1, min(length, frames - 1))
         starts = frames - span + 1
         wanted = probability * frames / length + torch.rand((), generator=generator).item()
-        count = min(max(1, int(wanted)), starts)
+        count = min(max(min_spans, int(wanted)), starts)
         first = torch.randperm(starts, generator=generator)[:count]
         row[(first[:, None] + torch.arange(span)).flatten()] = True
     return mask

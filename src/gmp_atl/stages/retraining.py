@@ -73,7 +73,8 @@ def retraining(
     model = MaskedPredictor(backbone, settings, list(labels))
 
     def objective(batch: Batch, generator: torch.Generator) -> Terms:
-        mask = span_mask(batch.lengths, settings.mask.probability, settings.mask.length, generator)
+        spans = settings.mask
+        mask = span_mask(batch.lengths, spans.probability, spans.length, generator, min_spans=spans.min_spans)
         return masked_prediction(model, batch, mask, labels, settings.unmasked_weight)
 
     trainer = Trainer(
