@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from gmp_atl.formats import LOCAL_FEATURES, read_features
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _POOL = 50
-"""Batches whose clips are sorted by length together: large enough to leave 1-2 % padding, small enough to mix."""
+"""Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,12 @@ def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) ->
     The last batch is smaller if the number of clips is no multiple of `size`.
     """
     order = torch.randperm(len(lengths), generator=generator).numpy()
+    n_batches = math.ceil(len(order) / size)
+    pools = math.ceil(n_batches / _POOL)
+    clips_of_pool = size * math.ceil(n_batches / pools)  # equal pools: a small last one would waste most
     batches = []
-    for pool in range(0, len(order), size * _POOL):
-        members = order[pool : pool + size * _POOL]
+    for pool in range(0, len(order), clips_of_pool):
+        members = order[pool : pool + clips_of_pool]
         members = members[np.argsort(lengths[members], kind="stable")]
         batches += [members[i : i + size].tolist() for i in range(0, len(members), size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -122,7 +126,7 @@ def whole(clips: Clips) -> list[Crop]:
 
 def random_crops(clips: Clips, indices: Sequence[int], seconds: float, generator: torch.Generator) -> list[Crop]:
     """One crop per clip: at random where the clip is longer than `seconds`, the whole clip otherwise."""
-    longest = max(1, int(seconds / FRAME_SECONDS))
+    longest = max(1, round(seconds * SAMPLE_RATE) // HOP)
     crops = []
     for index in indices:
         frames = len(clips.local[index])
