@@ -45,7 +45,9 @@ def main() -> None:
         return states.sum()
 
     theirs, own = milliseconds(packed_step), milliseconds(lambda: ours(frames, lengths).sum())
-    print(f"{BATCH} clips of up to {FRAMES} frames x {WIDTH}, hidden {HIDDEN}, {torch.get_num_threads()} threads, float32")
+    print(
+        f"{BATCH} clips of up to {FRAMES} frames x {WIDTH}, hidden {HIDDEN}, {torch.get_num_threads()} threads, float32"
+    )
     print(f"packed {theirs:.0f} ms, reversed {own:.0f} ms: {theirs / own:.1f} times as fast")
 
 

@@ -65,6 +65,8 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     running: dict[int, Job] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    notices: set[str] = field(default_factory=set)
+    """What users have been told already: jobs of many layers say the same."""
     started: float = field(default_factory=time.monotonic)
 
     def start(self, record: Any) -> None:
@@ -82,7 +84,9 @@ class Progress:
         self.seconds[job.rule] = self.seconds.get(job.rule, 0.0) + took
         total = str(self.planned.total())
         line = f"[{self.done.total():>{len(total)}}/{total}] {job.name} ({duration(took)})"
-        return line, [note for log in job.logs for note in notes(log)]
+        told = [note for log in job.logs for note in notes(log) if note not in self.notices]
+        self.notices.update(told)
+        return line, told
 
     def fail(self, jobid: int, rule: str) -> str:
         """A job has failed; returns the line that says so."""
