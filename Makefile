@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # Unset, the demo includes openSMILE's row of Table 2; `make demo OPENSMILE=0` leaves it out.
 OPENSMILE ?= 1
-# Test processes at once.
+# Test processes at once; the tests of a file share a run of the workflow, so that they stay in one.
 WORKERS ?= 2
 
 INSTALLED := .venv/.installed
@@ -67,7 +67,7 @@ demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table 
 	@echo "    . .venv/bin/activate; snakemake --cores all"
 
 test: setup  ## run the tests
-	@python -m pytest -n $(WORKERS) $(TESTS)
+	@python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .

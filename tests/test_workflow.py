@@ -231,6 +231,28 @@ def test_an_edit_reruns_exactly_what_depends_on_it(
     assert plan(finished, config=overlaid(change)) == Counter(expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "rule", "encoder"),
+    [
+        ({}, "retraining", "--encoder results/tiny/pretrained "),
+        ({"retraining": {"start": "multitask"}}, "retraining", "--encoder results/tiny/multitask/main/fold1/seed1 "),
+        ({}, "finetuning", "--multitask-head none "),
+        (
+            {"finetuning": {"head": "multitask"}},
+            "finetuning",
+            "--multitask-head results/tiny/multitask/main/fold1/seed1 ",
+        ),
+    ],
+)
+def test_readings_2_and_12_choose_what_a_stage_starts_from(
+    tmp_path: Path, change: dict[str, Any], rule: str, encoder: str
+) -> None:
+    run = snakemake(tmp_path, "--dry-run", "--printshellcmds", config=overlaid(change))
+    commands = [line for line in run.stdout.splitlines() if f"gmp_atl {rule} " in line and "/fold1/" in line]
+    assert commands
+    assert all(encoder in command for command in commands)
+
+
 def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: Path) -> None:
     made = finished / "results/tiny"
     shutil.copytree(made / "evaluations", tmp_path / "results/tiny/evaluations")

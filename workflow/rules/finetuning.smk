@@ -24,7 +24,7 @@ rule finetuning:
     params:
         config=settings("finetuning"),
         encoder=subpath(input.encoder, parent=True),
-        head=lambda wildcards, input: str(Path(input.head[0]).parent) if input.head else "none",
+        head=lambda wildcards, input: str(Path(input.head).parent) if input.head else "none",
         folder=subpath(output.encoder, parent=True),
         code=code_hash("finetuning"),
     shell:
