@@ -80,8 +80,8 @@ def _check_amount(n_frames: int, size: int, source: Path) -> None:
         )
     if n_frames < COMFORTABLE * size:
         log.warning(
-            "%d training frames for %d centroids are %.1f per centroid, fewer than %d: this codebook is coarse in name "
-            "only. Consider a smaller one in clustering.sizes.",
+            "%d training frames for %d centroids are %.1f per centroid, fewer than the %d that a reliable codebook "
+            "needs. Consider a smaller one in clustering.sizes.",
             *(n_frames, size, n_frames / size, COMFORTABLE),
         )
 
