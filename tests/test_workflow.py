@@ -98,7 +98,7 @@ def corpora(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("preset", "folds", "seeds", "layers"),
-    [("demo", 5, 1, 4), (None, 5, 3, 8), ("emodb", 5, 1, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
+    [("demo", 5, 1, 3), (None, 5, 3, 8), ("emodb", 5, 1, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
 )
 def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds: int, seeds: int, layers: int) -> None:
     config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
