@@ -329,11 +329,11 @@ def test_a_stage_that_is_stopped_by_sigterm_ends_as_one_that_is_not(stages, upst
         "checkpoint": folder / "checkpoint.safetensors",
     }
 
-    def stop(*arguments: Any) -> torch.Tensor:
+    def stop(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(arguments)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return span_mask(*arguments)
+        return span_mask(*arguments, **options)
 
     monkeypatch.setattr(module, "span_mask", stop)
     with pytest.raises(SystemExit):
