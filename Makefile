@@ -22,18 +22,21 @@ COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-ind
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 
-.PHONY: help setup opensmile demo test lint format lock envs reference clean
+# A reader who has an archive needs no torch: without the whole environment, a small one is made.
+LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
+
+.PHONY: help setup opensmile demo archive tables test lint format lock envs reference clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(INSTALLED)  ## install the locked environment in .venv
 
-.venv/bin/python:
+.venv/bin/python .venv-tables/bin/python:
 	@for python in python3.11 python3; do \
 		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then \
-			$$python -m venv .venv && exit 0; \
-			rm -rf .venv; echo "'$$python -m venv' failed; on Debian: apt install python3.11-venv" >&2; exit 1; \
+			$$python -m venv $(@D)/.. && exit 0; \
+			rm -rf $(@D)/..; echo "'$$python -m venv' failed; on Debian: apt install python3.11-venv" >&2; exit 1; \
 		fi; \
 	done; \
 	echo "Python 3.11 is needed, and neither python3.11 nor python3 is that" >&2; exit 1
@@ -66,6 +69,19 @@ demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table 
 	@echo "The paper's experiment, with IEMOCAP at hand (see README.md):"
 	@echo "    . .venv/bin/activate; snakemake --cores all"
 
+archive: setup  ## pack what tables need of a run in results/NAME/NAME.zip; PRESET=demo for another than the paper's
+	@snakemake --cores all archive $(if $(PRESET),--configfile presets/$(PRESET).yaml) \
+		$(if $(GPU),,--workflow-profile workflow/profiles/cpu)
+
+tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures of an archive anew, FROM=FILE
+	@test -n "$(FROM)" || { echo "Which archive? make tables FROM=results/demo/demo.zip" >&2; exit 2; }
+	@PYTHONPATH=src $(or $(LIGHT),.venv/)bin/python -m gmp_atl restore "$(FROM)"
+
+.venv-tables/.installed: requirements/tables.lock | .venv-tables/bin/python
+	@echo "Installing the few packages that tables need in .venv-tables"
+	@.venv-tables/bin/python -m pip --disable-pip-version-check --no-input install --quiet --require-hashes -r $<
+	@touch $@
+
 test: setup  ## run the tests
 	@python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
@@ -97,5 +113,5 @@ reference: setup  ## write docs/config.md and the config's schema from the typed
 	python tools/config_reference.py
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-tables .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests tools -name __pycache__ -prune -exec rm -rf {} +

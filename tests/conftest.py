@@ -197,7 +197,8 @@ def write_utterances(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         {"path": f"{row['id']}.wav", "gender": "female", "emotion": "sad", "n_samples": 4000, "text_type": "", **row}
         for row in rows
     ]
-    UTTERANCES.write(path, pa.Table.from_pylist(filled, schema=UTTERANCES.schema), corpus="made", complete=True)
+    table = pa.Table.from_pylist(filled, schema=UTTERANCES.schema)
+    UTTERANCES.write(path, table, corpus="made", complete=True, audio="a1b2")
     return path
 
 

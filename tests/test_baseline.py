@@ -53,6 +53,7 @@ class Corpus:
             ),
             corpus="made",
             complete=False,
+            audio="a1b2",
         )
         rows = {name: list(map(float, row)) for name, row in zip(self.ids, self.values, strict=True) if name != lacking}
         kind = FUNCTIONALS.schema.field("values").type
@@ -161,7 +162,7 @@ def test_functionals_of_made_clips(tmp_path):
     for name, length in lengths.items():
         soundfile.write(tmp_path / f"{name}.wav", tone[:length], 16_000)
     table = pa.table({name: rows[name] for name in UTTERANCES.schema.names})
-    UTTERANCES.write(tmp_path / "u.parquet", table, corpus="made", complete=True)
+    UTTERANCES.write(tmp_path / "u.parquet", table, corpus="made", complete=True, audio="a1b2")
     output = tmp_path / "f.parquet"
     with pytest.warns(UserWarning, match="too short"):
         functionals(utterances=tmp_path / "u.parquet", audio_root=tmp_path, output=output)

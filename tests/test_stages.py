@@ -27,9 +27,17 @@ from gmp_atl import classifier
 from gmp_atl import encoder as encoders
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips, collate, random_crops, within_budget
-from gmp_atl.encoder import Encoder, load_tensors, sha256
+from gmp_atl.encoder import Encoder, load_tensors
 from gmp_atl.errors import UserError
-from gmp_atl.formats import LAYER_FEATURES, LOCAL_FEATURES, PREDICTIONS, PSEUDO_LABELS, UTTERANCES, read_features
+from gmp_atl.formats import (
+    LAYER_FEATURES,
+    LOCAL_FEATURES,
+    PREDICTIONS,
+    PSEUDO_LABELS,
+    UTTERANCES,
+    read_features,
+    sha256,
+)
 from gmp_atl.masking import span_mask
 from gmp_atl.stages import local_features as local_features_stage
 from gmp_atl.stages.local_features import local_features

@@ -25,6 +25,7 @@ from gmp_atl.stages.figures import figures
 from gmp_atl.stages.tables import tables
 
 CLASSES = ["angry", "happy", "neutral", "sad"]
+AUDIO = "fedcba9876543210" * 4
 ENCODER = "made encoder, sha256 0123456789ab"
 
 
@@ -60,6 +61,7 @@ class Run:
             pa.table(columns | sizes),
             corpus=corpus,
             complete=complete,
+            audio=AUDIO,
             classes=self.config.classes,
             excluded=excluded or {},
         )
@@ -293,6 +295,9 @@ def test_every_table_says_what_it_comes_from(run):
     for name, text in run.tables().items():
         for part in (
             "240 utterances; 7 excluded",
+            "audio sha256 fedcba987654",
+            "Code: not recorded",
+            "UNRECORDED: 4 evaluations",
             ENCODER,
             "Seeds: 0, 1; 2 folds by session",
             "last epoch",

@@ -5,6 +5,7 @@ Decoding needs no torch; only `load`, and only where the rate differs, imports t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from dataclasses import dataclass
@@ -34,11 +35,13 @@ class AudioError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
-    """What a clip holds: its length at 16 kHz, and its own rate (Hz) and channels."""
+    """What a clip holds: its length at 16 kHz, its own rate (Hz) and channels, and a digest of its samples."""
 
     n_samples: int
     rate: int
     channels: int
+    sha256: str
+    """Of the decoded mono float32 samples, whatever the file format."""
 
 
 def inspect(path: Path) -> AudioInfo:
@@ -48,7 +51,8 @@ def inspect(path: Path) -> AudioInfo:
         AudioError: not a regular file, unreadable, truncated, empty, not finite, or of an odd rate.
     """
     samples, rate, channels = _decode(path)
-    return AudioInfo(resampled_length(len(samples), rate), rate, channels)
+    digest = hashlib.sha256(samples.astype("<f4", copy=False).data).hexdigest()
+    return AudioInfo(resampled_length(len(samples), rate), rate, channels, digest)
 
 
 def load(path: Path) -> np.ndarray:

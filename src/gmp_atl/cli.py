@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -32,6 +33,7 @@ STAGES = {
     "baseline": "classical reference: functionals and an SVM",
     "tables": "evaluations to Tables 1-4",
     "figures": "evaluations to figures",
+    "archive": "evaluations, histories and records in one file",
 }
 
 
@@ -51,12 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("faiss").setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser("gmp-atl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = "\n".join(f"{stage:20}{what}" for stage, what in {**STAGES, "show": "print the tables of a run"}.items())
-    parser.add_argument("stage", choices=[*STAGES, "show"], metavar="STAGE", help=commands)
+    others = {"restore": (_restore, "make the tables of an archive anew"), "show": (_show, "print the tables of a run")}
+    helps = {**STAGES, **{name: text for name, (_, text) in others.items()}}
+    commands = "\n".join(f"{stage:20}{what}" for stage, what in helps.items())
+    parser.add_argument("stage", choices=helps, metavar="STAGE", help=commands)
     stage = parser.parse_args(argv[:1]).stage
     try:
-        if stage == "show":
-            return _show(argv[1:])
+        if stage in others:
+            return others[stage][0](argv[1:])
         return _run(stage, argv[1:])
     except UserError as error:
         print(f"gmp-atl {stage}: error: {error}", file=sys.stderr)
@@ -76,13 +80,27 @@ def _run(stage: str, argv: list[str]) -> int:
         take_gpu()
     function: Callable[..., None] = getattr(importlib.import_module(f"gmp_atl.stages.{stage}"), stage)
     parser = argparse.ArgumentParser(f"gmp-atl {stage}", description=inspect.getdoc(function), parents=[threads])
+    parser.add_argument("--provenance", type=Path, help="JSON file that gets the job's record (default: none)")
     hints = get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         _add(parser, name, hints[name], parameter)
     options = vars(parser.parse_args(argv))
     options.pop("threads")
-    function(**options)
+    with _recorded(stage, function, options, options.pop("provenance")):
+        function(**options)
     return 0
+
+
+def _recorded(
+    stage: str, function: Callable[..., None], options: Mapping[str, Any], path: Path | None
+) -> AbstractContextManager[None]:
+    if path is None:
+        return nullcontext()
+    from gmp_atl.provenance import recording
+
+    annotations = get_type_hints(function, include_extras=True)
+    roles = {name: next(iter(getattr(annotations[name], "__metadata__", ())), None) for name in options}
+    return recording(path, stage, options, roles)
 
 
 def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspect.Parameter) -> None:
@@ -99,6 +117,27 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspe
         parser.add_argument(flag, nargs="+", type=get_args(kind)[0], **options)
     else:  # a slice of the config, as JSON
         parser.add_argument(flag, type=lambda text: kind.model_validate(json.loads(text)), **options)
+
+
+def _restore(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("gmp-atl restore", description="Make the tables and figures of an archive anew.")
+    parser.add_argument("archive", type=Path, help="as written by `snakemake archive`")
+    parser.add_argument("--output", type=Path, help="folder (default: results/<archive>-restored)")
+    options = parser.parse_args(argv)
+    from gmp_atl.stages.archive import compare, restore
+    from gmp_atl.stages.figures import figures
+    from gmp_atl.stages.tables import tables
+
+    output = options.output or Path("results") / f"{options.archive.stem}-restored"
+    config = restore(options.archive, output)
+    for stage, folder in ((tables, "tables"), (figures, "figures")):
+        stage(config=config, evaluations=output / "evaluations", output=output / folder)
+    same, differing = compare(output)
+    _show([str(output / "tables")])
+    print(f"\n{same} tables and figures in {output} are byte for byte those of the archived run.")
+    if differing:
+        print(f"These differ, as other versions of gmp-atl or of its packages make them: {', '.join(differing)}")
+    return 0
 
 
 def _show(argv: list[str]) -> int:

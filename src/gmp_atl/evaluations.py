@@ -1,12 +1,15 @@
 """Every result of a run, loaded once for the tables and the figures.
 
-The evaluation folder alone is read: `corpus.parquet`, `**/predictions.parquet` and
-`**/cluster_statistics.parquet`. Files are recognised by their metadata, never by their names.
+The evaluation folder alone is read: `corpus.parquet`, `**/predictions.parquet`,
+`**/cluster_statistics.parquet` and the records below `provenance`. Files are recognised by their metadata, never by
+their places.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +19,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gmp_atl import metrics, paper
-from gmp_atl.config import Config, identity, shared_variant
+from gmp_atl import metrics, paper, provenance
+from gmp_atl.config import SLICES, Config, identity, shared_variant, slice_for, variant
 from gmp_atl.errors import UserError
 from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, PREDICTIONS
+from gmp_atl.provenance import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +86,8 @@ class Corpus:
 
     name: str
     complete: bool
+    audio: str
+    """SHA-256 over ids and samples."""
     excluded: dict[str, int]
     """Utterances that were left out, per reason."""
     counts: pd.DataFrame
@@ -97,6 +103,8 @@ class Evaluations:
     results: tuple[Result, ...]
     clusters: pd.DataFrame
     """variant, fold, seed, layer, size, statistic, value."""
+    lineage: Lineage
+    """Of the results: how they were made."""
 
     @cached_property
     def comparable(self) -> bool:
@@ -165,16 +173,17 @@ def load(config: Config, folder: Path) -> Evaluations:
             classes differ from the config's.
     """
     summary, header = CORPUS_SUMMARY.read(folder / "corpus.parquet")
-    corpus = Corpus(header["corpus"], header["complete"], header["excluded"], summary.to_pandas())
+    corpus = Corpus(header["corpus"], header["complete"], header["audio"], header["excluded"], summary.to_pandas())
     chosen = _choose(config, folder)
     order = {system: position for position, system in enumerate(systems(config))}
     keys = sorted(chosen, key=lambda key: (order[key[0]], *key[1:]))
     results = tuple(_read(config, *key, chosen[key]) for key in keys)
     _check_disjoint(results)
-    return Evaluations(config, corpus, results, _read_clusters(config, folder))
+    lineage = provenance.lineage(provenance.read(folder / "provenance"), map(chosen.__getitem__, keys))
+    return Evaluations(config, corpus, results, _read_clusters(config, folder), lineage)
 
 
-def provenance(evaluations: Evaluations) -> list[str]:
+def origin(evaluations: Evaluations) -> list[str]:
     """What the figures come from, one line each: the footer of every table."""
     config, corpus = evaluations.config, evaluations.corpus
     main = [r.header for r in evaluations.results if r.system.model == "gmp-atl" and r.system.variant == "main"]
@@ -185,13 +194,33 @@ def provenance(evaluations: Evaluations) -> list[str]:
     return [
         _one_of("corpus", corpora)
         + f", {corpus.counts['utterances'].sum()} utterances; {sum(corpus.excluded.values())} excluded"
-        + (f" ({reasons})" if reasons else ""),
+        + (f" ({reasons})" if reasons else "")
+        + f"; audio sha256 {corpus.audio[:12]}",
         _one_of("encoder", {header["encoder"] for header in main}),
         f"Seeds: {', '.join(map(str, config.seeds))}; {len(config.folds.held_out)} folds by {config.folds.by}",
         _one_of("selection", {SELECTIONS.get(header["selection"], header["selection"]) for header in main}),
         _one_of("k-means fitted on", {CLUSTERED_ON.get(header["fit_on"], header["fit_on"]) for header in clustered}),
         f"Config: {config.name}, identity {identity(config)}",
+        *evaluations.lineage.remarks(),
+        *_other_settings(evaluations),
     ]
+
+
+def _other_settings(evaluations: Evaluations) -> list[str]:
+    """Whether jobs behind the results ran with settings that this config does not have."""
+    config = evaluations.config
+    known = {
+        (stage, json.dumps(slice_for(variant(config, name), stage), sort_keys=True))
+        for stage in SLICES
+        for name in ("main", *config.ablations)
+    }
+    others = Counter(
+        record.stage
+        for record in evaluations.lineage.records
+        if record.stage in SLICES and (record.stage, json.dumps(record.config, sort_keys=True)) not in known
+    )
+    jobs = ", ".join(f"{stage} ({n} {'job' if n == 1 else 'jobs'})" for stage, n in sorted(others.items()))
+    return [f"OTHER SETTINGS than this config's: {jobs}"] if jobs else []
 
 
 def _choose(config: Config, folder: Path) -> dict[tuple[System, int, int], Path]:

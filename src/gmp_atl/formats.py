@@ -6,14 +6,16 @@ JSON object of metadata (format name and version included).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,26 @@ import pyarrow.parquet as pq
 from gmp_atl.errors import UserError
 
 _KEY = b"gmp_atl"
+
+
+class Role(Enum):
+    """What a path among a stage's arguments stands for, if not for an input."""
+
+    OUTPUT = "output"
+    AUDIO = "audio"
+
+
+Output = Annotated[Path, Role.OUTPUT]
+"""A file or folder that a stage writes."""
+Outputs = Annotated[list[Path], Role.OUTPUT]
+AudioRoot = Annotated[Path, Role.AUDIO]
+"""Folder of a release (or a manifest): far more than what is read, so that only the clips read are accounted for."""
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -131,13 +153,14 @@ UTTERANCES = Format(
         n_samples=pa.int64(),  # at 16 kHz
         text_type=pa.string(),  # improvised, scripted, ...; empty where the corpus does not say
     ),
-    metadata=("corpus", "complete"),  # name of the corpus; whether its counts are the full release's
+    # name of the corpus; whether its counts are the full release's; digest of the ids and their decoded audio
+    metadata=("corpus", "complete", "audio"),
 )
 EXCLUDED = Format("excluded", _schema(id=pa.string(), reason=pa.string()))
 CORPUS_SUMMARY = Format(
     "corpus_summary",
     _schema(emotion=pa.string(), session=pa.string(), gender=pa.string(), utterances=pa.int64(), n_samples=pa.int64()),
-    metadata=("corpus", "complete", "classes", "excluded"),  # excluded: {reason: count}
+    metadata=("corpus", "complete", "audio", "classes", "excluded"),  # excluded: {reason: count}
 )
 LOCAL_FEATURES = Format(
     "local_features",

@@ -29,9 +29,9 @@ from gmp_atl import devices
 from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
 from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import Regularisation, load_tensors, save_tensors, sha256
+from gmp_atl.encoder import Regularisation, load_tensors, save_tensors
 from gmp_atl.errors import UserError
-from gmp_atl.formats import HISTORY
+from gmp_atl.formats import HISTORY, sha256
 from gmp_atl.randomness import Key
 
 log = logging.getLogger(__name__)

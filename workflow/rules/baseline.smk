@@ -4,6 +4,7 @@ rule functionals:
         utterances=rules.corpus.output.utterances,
     output:
         functionals="<results>/functionals.parquet",
+        provenance="<provenance>/functionals.json",
     log:
         "<logs>/functionals.log",
     conda:
@@ -16,7 +17,7 @@ rule functionals:
         code=code_hash("functionals"),
     shell:
         "python -m gmp_atl functionals --utterances {input.utterances} --audio-root {params.audio_root:q}"
-        " --output {output.functionals} 2> {log}"
+        " --output {output.functionals} --provenance {output.provenance} 2> {log}"
 
 
 rule baseline:
@@ -25,6 +26,7 @@ rule baseline:
         functionals=rules.functionals.output.functionals,
     output:
         predictions="<results>/evaluations/baseline/fold{fold}/predictions.parquet",
+        provenance="<provenance>/baseline/fold{fold}.json",
     log:
         "<logs>/baseline/fold{fold}.log",
     conda:
@@ -34,4 +36,5 @@ rule baseline:
         code=code_hash("baseline"),
     shell:
         "python -m gmp_atl baseline --config {params.config:q} --fold {wildcards.fold}"
-        " --utterances {input.utterances} --functionals {input.functionals} --output {output.predictions} 2> {log}"
+        " --utterances {input.utterances} --functionals {input.functionals} --output {output.predictions}"
+        " --provenance {output.provenance} 2> {log}"

@@ -8,6 +8,7 @@ rule layer_features:
         layers=temp(
             expand("<results>/layer_features/{{variant}}/fold{{fold}}/seed{{seed}}/{layer}.parquet", layer=GMPS)
         ),
+        provenance="<provenance>/layer_features/{variant}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/layer_features/{variant}/fold{fold}/seed{seed}.log",
     benchmark:
@@ -27,7 +28,8 @@ rule layer_features:
     shell:
         "python -m gmp_atl layer_features --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --fold {wildcards.fold} --utterances {input.utterances} --local-features {input.features}"
-        " --encoder {params.encoder} --layers {params.layers} --outputs {output.layers} 2> {log}"
+        " --encoder {params.encoder} --layers {params.layers} --outputs {output.layers}"
+        " --provenance {output.provenance} 2> {log}"
 
 
 rule clustering:
@@ -37,6 +39,7 @@ rule clustering:
     output:
         centroids="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.safetensors",
         labels="<results>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.parquet",
+        provenance="<provenance>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.json",
     log:
         "<logs>/clustering/{variant}/fold{fold}/seed{seed}/layer{layer}/{size}.log",
     benchmark:
@@ -55,7 +58,8 @@ rule clustering:
         "python -m gmp_atl clustering --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --size {wildcards.size}"
         " --utterances {input.utterances} --layer-features {input.features}"
-        " --centroids {output.centroids} --pseudo-labels {output.labels} 2> {log}"
+        " --centroids {output.centroids} --pseudo-labels {output.labels}"
+        " --provenance {output.provenance} 2> {log}"
 
 
 rule cluster_statistics:
@@ -65,6 +69,7 @@ rule cluster_statistics:
         labels=codebooks(rules.clustering.output.labels, layers_of),
     output:
         statistics="<results>/evaluations/clusters/{variant}/fold{fold}/seed{seed}/cluster_statistics.parquet",
+        provenance="<provenance>/cluster_statistics/{variant}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/cluster_statistics/{variant}/fold{fold}/seed{seed}.log",
     conda:
@@ -75,4 +80,5 @@ rule cluster_statistics:
     shell:
         "python -m gmp_atl cluster_statistics --config {params.config:q} --variant {wildcards.variant}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
-        " --centroids {input.centroids} --pseudo-labels {input.labels} --output {output.statistics} 2> {log}"
+        " --centroids {input.centroids} --pseudo-labels {input.labels} --output {output.statistics}"
+        " --provenance {output.provenance} 2> {log}"

@@ -19,6 +19,8 @@ pathvars:
     results=f"results/{CONFIG.name}",
     logs=f"results/{CONFIG.name}/logs",
     benchmarks=f"results/{CONFIG.name}/benchmarks",
+    histories=f"results/{CONFIG.name}/evaluations/histories",
+    provenance=f"results/{CONFIG.name}/evaluations/provenance",
 
 
 # Rules call the package by its source folder, so that it need not be installed in their environments.

@@ -2,6 +2,7 @@
 rule synthesis:
     output:
         index="<results>/release/index.csv",
+        provenance="<provenance>/synthesis.json",
     log:
         "<logs>/synthesis.log",
     conda:
@@ -9,7 +10,7 @@ rule synthesis:
     params:
         code=code_hash("synthesis"),
     shell:
-        "python -m gmp_atl synthesis --output {output.index} 2> {log}"
+        "python -m gmp_atl synthesis --output {output.index} --provenance {output.provenance} 2> {log}"
 
 
 rule corpus:
@@ -19,6 +20,7 @@ rule corpus:
         utterances="<results>/corpus/utterances.parquet",
         excluded="<results>/corpus/excluded.parquet",
         summary="<results>/evaluations/corpus.parquet",
+        provenance="<provenance>/corpus.json",
     log:
         "<logs>/corpus.log",
     conda:
@@ -30,4 +32,5 @@ rule corpus:
         code=code_hash("corpus"),
     shell:
         "python -m gmp_atl corpus --config {params.config:q} --root {params.root:q} --threads {threads}"
-        " --utterances {output.utterances} --excluded {output.excluded} --summary {output.summary} 2> {log}"
+        " --utterances {output.utterances} --excluded {output.excluded} --summary {output.summary}"
+        " --provenance {output.provenance} 2> {log}"

@@ -3,6 +3,7 @@ rule pretrained:
     output:
         config="<results>/pretrained/config.json",
         encoder="<results>/pretrained/model.safetensors",
+        provenance="<provenance>/pretrained.json",
     log:
         "<logs>/pretrained.log",
     conda:
@@ -15,7 +16,8 @@ rule pretrained:
         folder=subpath(output.encoder, parent=True),
         code=code_hash("pretrained"),
     shell:
-        "python -m gmp_atl pretrained --config {params.config:q} --output {params.folder} 2> {log}"
+        "python -m gmp_atl pretrained --config {params.config:q} --output {params.folder}"
+        " --provenance {output.provenance} 2> {log}"
 
 
 rule local_features:
@@ -24,6 +26,7 @@ rule local_features:
         encoder=rules.pretrained.output.encoder,
     output:
         features="<results>/local_features.parquet",
+        provenance="<provenance>/local_features.json",
     log:
         "<logs>/local_features.log",
     benchmark:
@@ -43,4 +46,4 @@ rule local_features:
     shell:
         "python -m gmp_atl local_features --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --utterances {input.utterances} --audio-root {params.audio_root:q} --encoder {params.encoder}"
-        " --output {output.features} 2> {log}"
+        " --output {output.features} --provenance {output.provenance} 2> {log}"

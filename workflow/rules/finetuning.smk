@@ -9,7 +9,8 @@ rule finetuning:
         config="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/config.json",
         encoder="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/model.safetensors",
         head="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/head.safetensors",
-        history="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/history.parquet",
+        provenance="<provenance>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.json",
+        history="<histories>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.parquet",
     log:
         "<logs>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.log",
     benchmark:
@@ -32,7 +33,7 @@ rule finetuning:
         " --fold {wildcards.fold} --seed {wildcards.seed} --loss {wildcards.loss}"
         " --utterances {input.utterances} --local-features {input.features} --encoder {params.encoder}"
         " --multitask-head {params.head} --output {params.folder} --history {output.history}"
-        " --checkpoint {params.folder}/checkpoint.safetensors 2> {log}"
+        " --checkpoint {params.folder}/checkpoint.safetensors --provenance {output.provenance} 2> {log}"
 
 
 rule evaluation:
@@ -44,6 +45,7 @@ rule evaluation:
     output:
         predictions="<results>/evaluations/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/predictions.parquet",
         metrics="<results>/evaluations/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/metrics.json",
+        provenance="<provenance>/evaluation/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/evaluation/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.log",
     conda:
@@ -63,4 +65,4 @@ rule evaluation:
         " --fold {wildcards.fold} --seed {wildcards.seed} --variant {wildcards.variant}"
         " --gmps {wildcards.gmps} --loss {wildcards.loss} --fit-on {params.fit_on} --utterances {input.utterances}"
         " --local-features {input.features} --model {params.model}"
-        " --predictions {output.predictions} --metrics {output.metrics} 2> {log}"
+        " --predictions {output.predictions} --metrics {output.metrics} --provenance {output.provenance} 2> {log}"

@@ -8,7 +8,8 @@ rule multitask:
         config="<results>/multitask/{variant}/fold{fold}/seed{seed}/config.json",
         encoder="<results>/multitask/{variant}/fold{fold}/seed{seed}/model.safetensors",
         head="<results>/multitask/{variant}/fold{fold}/seed{seed}/head.safetensors",
-        history="<results>/multitask/{variant}/fold{fold}/seed{seed}/history.parquet",
+        provenance="<provenance>/multitask/{variant}/fold{fold}/seed{seed}.json",
+        history="<histories>/multitask/{variant}/fold{fold}/seed{seed}.parquet",
     log:
         "<logs>/multitask/{variant}/fold{fold}/seed{seed}.log",
     benchmark:
@@ -29,4 +30,5 @@ rule multitask:
         "python -m gmp_atl multitask --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
         " --local-features {input.features} --encoder {params.encoder} --output {params.folder}"
-        " --history {output.history} --checkpoint {params.folder}/checkpoint.safetensors 2> {log}"
+        " --history {output.history} --checkpoint {params.folder}/checkpoint.safetensors"
+        " --provenance {output.provenance} 2> {log}"

@@ -8,7 +8,8 @@ rule retraining:
     output:
         config="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/config.json",
         encoder="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/model.safetensors",
-        history="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/history.parquet",
+        provenance="<provenance>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.json",
+        history="<histories>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.parquet",
     log:
         "<logs>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.log",
     benchmark:
@@ -30,4 +31,4 @@ rule retraining:
         " --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
         " --local-features {input.features} --encoder {params.encoder} --pseudo-labels {input.labels}"
         " --output {params.folder} --history {output.history}"
-        " --checkpoint {params.folder}/checkpoint.safetensors 2> {log}"
+        " --checkpoint {params.folder}/checkpoint.safetensors --provenance {output.provenance} 2> {log}"

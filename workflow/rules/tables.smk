@@ -11,6 +11,7 @@ rule tables:
     output:
         expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md"]),
         expand("<results>/tables/{table}.tex", table=PAPER_TABLES),
+        provenance="<logs>/tables.json",
     log:
         "<logs>/tables.log",
     conda:
@@ -22,7 +23,7 @@ rule tables:
         code=code_hash("tables"),
     shell:
         "python -m gmp_atl tables --config {params.config:q} --evaluations {params.evaluations}"
-        " --output {params.folder} 2> {log}"
+        " --output {params.folder} --provenance {output.provenance} 2> {log}"
 
 
 rule figures:
@@ -32,6 +33,7 @@ rule figures:
     output:
         layers="<results>/figures/table4.svg",
         confusion="<results>/figures/confusion.svg",
+        provenance="<logs>/figures.json",
     log:
         "<logs>/figures.log",
     conda:
@@ -43,4 +45,30 @@ rule figures:
         code=code_hash("figures"),
     shell:
         "python -m gmp_atl figures --config {params.config:q} --evaluations {params.evaluations}"
-        " --output {params.folder} 2> {log}"
+        " --output {params.folder} --provenance {output.provenance} 2> {log}"
+
+
+# What tables need, in one file for machines without audio, models or GPU. Not part of a run: `snakemake archive`.
+rule archive:
+    input:
+        corpus=rules.corpus.output.summary,
+        evaluations=evaluated(),
+        tables=rules.tables.output,
+        figures=rules.figures.output,
+    output:
+        archive=f"<results>/{CONFIG.name}.zip",
+        provenance="<logs>/archive.json",
+    log:
+        "<logs>/archive.log",
+    conda:
+        "../../envs/tables.yaml"
+    params:
+        config=settings("tables"),
+        evaluations=subpath(input.corpus, parent=True),
+        tables=subpath(input.tables[0], parent=True),
+        figures=subpath(input.figures[0], parent=True),
+        code=code_hash("archive"),
+    shell:
+        "python -m gmp_atl archive --config {params.config:q} --evaluations {params.evaluations}"
+        " --tables {params.tables} --figures {params.figures} --output {output.archive}"
+        " --provenance {output.provenance} 2> {log}"

@@ -14,13 +14,13 @@ import pyarrow as pa
 from gmp_atl.config import BaselineSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split, held_out_split, training_split
-from gmp_atl.formats import FUNCTIONALS, PREDICTIONS, UTTERANCES
+from gmp_atl.formats import FUNCTIONALS, PREDICTIONS, UTTERANCES, Output
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 
-def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold: int, output: Path) -> None:
+def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold: int, output: Output) -> None:
     """Fit on the training utterances of a fold, and write predictions for the held-out ones.
 
     Missing values are imputed with the training fold's median. The scores are a softmax of the machine's

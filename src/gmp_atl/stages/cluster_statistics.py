@@ -16,7 +16,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from gmp_atl.config import FoldsSlice
 from gmp_atl.folds import Split, training_split
-from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS
+from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS, Output
 
 ATTRIBUTES = ("emotion", "gender", "speaker")
 
@@ -30,7 +30,7 @@ def cluster_statistics(
     variant: str,
     fold: int,
     seed: int,
-    output: Path,
+    output: Output,
 ) -> None:
     """Write CLUSTER_STATISTICS for all codebooks of one fold and seed.
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from gmp_atl.config import ClusteringConfig, ClusteringSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, atomic, read_features
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, read_features
 from gmp_atl.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def clustering(
     fold: int,
     seed: int,
     size: int,
-    centroids: Path,
-    pseudo_labels: Path,
+    centroids: Output,
+    pseudo_labels: Output,
     gpus: int = 0,
 ) -> None:
     """Fit a codebook of `size` centroids on the fold's training frames and label each of them.

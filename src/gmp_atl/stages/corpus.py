@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -15,7 +15,7 @@ from gmp_atl.config import GENDERS, CorpusSlice, FoldsConfig
 from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
 from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.folds import check_folds
-from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES
+from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Output
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _THREADS = 4  # decoding releases the interpreter's lock; more threads than this
 _TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
 
 
-def corpus(*, config: CorpusSlice, root: Path, utterances: Path, excluded: Path, summary: Path) -> None:
+def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded: Output, summary: Output) -> None:
     """Read and check the corpus at `root`; write the utterances, what was left out and why, and Table 1's counts.
 
     Every clip is decoded once, so that a damaged one is found here and not hours into training.
@@ -33,7 +33,8 @@ def corpus(*, config: CorpusSlice, root: Path, utterances: Path, excluded: Path,
             that the config does not allow.
     """
     found = read_corpus(config.corpus.reader, root, config.classes, allow_partial=config.corpus.allow_partial)
-    n_samples, rejected = _inspect(found)
+    clips, rejected = _inspect(found)
+    n_samples = {utterance: clip.n_samples for utterance, clip in clips.items()}
     kept = sorted((each for each in found.utterances if each.id in n_samples), key=lambda u: (u.session, u.id))
     reasons = dict(sorted((found.excluded | rejected).items()))
     complete = _is_complete(found, kept, n_samples, reasons, allow_partial=config.corpus.allow_partial)
@@ -41,14 +42,18 @@ def corpus(*, config: CorpusSlice, root: Path, utterances: Path, excluded: Path,
     table = pa.Table.from_pylist([_row(each, n_samples[each.id]) for each in kept], schema=UTTERANCES.schema)
     check_folds(table, config.folds)
 
-    UTTERANCES.write(utterances, table, corpus=found.name, complete=complete)
+    described = {
+        "corpus": found.name,
+        "complete": complete,
+        "audio": _digest({each.id: clips[each.id] for each in kept}),
+    }
+    UTTERANCES.write(utterances, table, **described)
     exclusions = pa.table([list(reasons), list(reasons.values())], schema=EXCLUDED.schema)
     EXCLUDED.write(excluded, exclusions)
     CORPUS_SUMMARY.write(
         summary,
         _summary(config.classes, kept, n_samples),
-        corpus=found.name,
-        complete=complete,
+        **described,
         classes=config.classes,
         excluded=dict(Counter(reasons.values()).most_common()),
     )
@@ -60,9 +65,15 @@ def _row(utterance: Utterance, n_samples: int) -> dict[str, str | int]:
     return {**columns, "n_samples": n_samples}
 
 
-def _inspect(found: Corpus) -> tuple[dict[str, int], dict[str, str]]:
-    """Decode every clip: the length (samples at 16 kHz) of the usable ones, the reason against the others."""
-    n_samples: dict[str, int] = {}
+def _digest(clips: Mapping[str, audio.AudioInfo]) -> str:
+    """SHA-256 over ids and samples: equal for equal speech, wherever it lies and whatever the file format."""
+    lines = [f"{utterance} {clip.sha256}\n" for utterance, clip in sorted(clips.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]:
+    """Decode every clip: what the usable ones hold, and the reason against each of the others."""
+    usable: dict[str, audio.AudioInfo] = {}
     rejected: dict[str, str] = {}
     mixed_down = 0
 
@@ -80,11 +91,11 @@ def _inspect(found: Corpus) -> tuple[dict[str, int], dict[str, str]]:
             elif result.n_samples < audio.MIN_SAMPLES:
                 rejected[utterance.id] = _TOO_SHORT
             else:
-                n_samples[utterance.id] = result.n_samples
+                usable[utterance.id] = result
                 mixed_down += result.channels > 1
     if mixed_down:
         logger.log(NOTICE, "%d clips have several channels, which are averaged.", mixed_down)
-    return n_samples, rejected
+    return usable, rejected
 
 
 def _is_complete(

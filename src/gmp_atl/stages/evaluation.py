@@ -15,7 +15,7 @@ from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips
 from gmp_atl.config import FinetuningSlice
 from gmp_atl.folds import held_out_split, training_split
-from gmp_atl.formats import PREDICTIONS, UTTERANCES, write_text
+from gmp_atl.formats import PREDICTIONS, UTTERANCES, Output, write_text
 from gmp_atl.metrics import confusion, uar, war
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ def evaluation(
     fit_on: str,
     fold: int,
     seed: int,
-    predictions: Path,
-    metrics: Path,
+    predictions: Output,
+    metrics: Output,
     gpus: int = 0,
 ) -> None:
     """Classify the fold's held-out utterances, whole and without margin.

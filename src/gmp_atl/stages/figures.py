@@ -11,7 +11,7 @@ import numpy as np
 from gmp_atl import paper
 from gmp_atl.config import Config
 from gmp_atl.evaluations import BASELINE, MEASURES, Evaluations, System, load, main_system
-from gmp_atl.formats import write_text
+from gmp_atl.formats import Output, write_text
 from gmp_atl.statistics import summarise
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 """Told apart by colour-blind readers; the markers and line styles tell them apart in grey."""
 
 
-def figures(*, config: Config, evaluations: Path, output: Path) -> None:
+def figures(*, config: Config, evaluations: Path, output: Output) -> None:
     """Write `table4.svg` and `confusion.svg` into the folder `output`.
 
     Raises:

@@ -15,6 +15,7 @@ from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import FinetuningSlice
 from gmp_atl.folds import Split, held_out_split, training_split, without_group
+from gmp_atl.formats import Output
 from gmp_atl.losses import am_softmax
 from gmp_atl.metrics import confusion, uar, war
 from gmp_atl.randomness import Key
@@ -31,9 +32,9 @@ def finetuning(
     loss: str,
     fold: int,
     seed: int,
-    output: Path,
-    history: Path,
-    checkpoint: Path,
+    output: Output,
+    history: Output,
+    checkpoint: Output,
     gpus: int = 0,
 ) -> None:
     """Train on the fold's training utterances with `loss`, ce or ams; write encoder and head to `output`.

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from gmp_atl import audio
 from gmp_atl.errors import UserError
-from gmp_atl.formats import FUNCTIONALS, UTTERANCES
+from gmp_atl.formats import FUNCTIONALS, UTTERANCES, AudioRoot, Output
 
 
-def functionals(*, utterances: Path, audio_root: Path, output: Path) -> None:
+def functionals(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
     """Write 88 functionals per clip, without looking at any label.
 
     A clip under 60 ms is too short for openSMILE, which warns and gives NaN throughout; the baseline imputes

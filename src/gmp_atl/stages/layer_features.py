@@ -17,7 +17,7 @@ from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, feature_rows
+from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_rows
 
 _CLIPS_AT_ONCE = 256
 """Bounds the memory: features of that many clips, of every layer, wait for being written."""
@@ -31,7 +31,7 @@ def layer_features(
     encoder: Path,
     fold: int,
     layers: list[int],
-    outputs: list[Path],
+    outputs: Outputs,
     gpus: int = 0,
 ) -> None:
     """Write one LAYER_FEATURES file per layer, all from one pass; held-out clips are not opened.

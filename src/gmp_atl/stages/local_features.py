@@ -15,14 +15,14 @@ from gmp_atl import encoder as encoders
 from gmp_atl.config import EncoderSlice
 from gmp_atl.encoder import Encoder, n_frames
 from gmp_atl.errors import UserError
-from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, feature_rows
+from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
 
 log = logging.getLogger(__name__)
 _ROW_GROUP_BYTES = 32 * 2**20
 
 
 def local_features(
-    *, config: EncoderSlice, utterances: Path, audio_root: Path, encoder: Path, output: Path, gpus: int = 0
+    *, config: EncoderSlice, utterances: Path, audio_root: AudioRoot, encoder: Path, output: Output, gpus: int = 0
 ) -> None:
     """Run the frozen convolutions over single, unpadded clips and store float16.
 

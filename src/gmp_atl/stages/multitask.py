@@ -14,6 +14,7 @@ from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import GENDERS, MultitaskSlice
 from gmp_atl.encoder import Regularisation
 from gmp_atl.folds import training_split
+from gmp_atl.formats import Output
 from gmp_atl.randomness import Key
 from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
 
@@ -26,9 +27,9 @@ def multitask(
     encoder: Path,
     fold: int,
     seed: int,
-    output: Path,
-    history: Path,
-    checkpoint: Path,
+    output: Output,
+    history: Output,
+    checkpoint: Output,
     gpus: int = 0,
 ) -> None:
     """Train on the fold's training utterances; write encoder and head to `output`, a folder."""

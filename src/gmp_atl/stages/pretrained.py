@@ -14,11 +14,12 @@ from gmp_atl import encoder as encoders
 from gmp_atl.config import EncoderConfig, EncoderSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
+from gmp_atl.formats import Output, sha256
 
 log = logging.getLogger(__name__)
 
 
-def pretrained(*, config: EncoderSlice, output: Path) -> None:
+def pretrained(*, config: EncoderSlice, output: Output) -> None:
     """Write `config.json` and `model.safetensors` of the encoder that the config names.
 
     Raises:
@@ -55,7 +56,7 @@ def _from_archive(folder: Path, archive: Path, settings: EncoderConfig) -> Encod
     if settings.sha256 is None:
         raise UserError(
             f"{folder} has no model.safetensors, only {archive.name}. Convert it to safetensors, or pin the file "
-            f"by encoder.sha256: {encoders.sha256(archive)} if you trust it."
+            f"by encoder.sha256: {sha256(archive)} if you trust it."
         )
     _check_digest(archive, settings.sha256)
     try:
@@ -87,7 +88,7 @@ def _download(settings: EncoderConfig) -> Path:
 
 
 def _check_digest(path: Path, expected: str) -> None:
-    found = encoders.sha256(path)
+    found = sha256(path)
     if found != expected:
         raise UserError(f"{path} has sha256 {found}, but encoder.sha256 pins {expected}; fetch the file again.")
 

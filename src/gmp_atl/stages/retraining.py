@@ -16,7 +16,7 @@ from gmp_atl.config import RetrainingConfig, RetrainingSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split, training_split
-from gmp_atl.formats import PSEUDO_LABELS
+from gmp_atl.formats import PSEUDO_LABELS, Output
 from gmp_atl.heads import CodebookHeads
 from gmp_atl.masking import span_mask
 from gmp_atl.randomness import Key
@@ -46,9 +46,9 @@ def retraining(
     pseudo_labels: list[Path],
     fold: int,
     seed: int,
-    output: Path,
-    history: Path,
-    checkpoint: Path,
+    output: Output,
+    history: Output,
+    checkpoint: Output,
     gpus: int = 0,
 ) -> None:
     """Train on the fold's training frames and write the encoder to `output`; no utterance label is read.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from pathlib import Path
 
 from gmp_atl.corpora.synthetic import synthesise
-from gmp_atl.formats import write_text
+from gmp_atl.formats import Output, write_text
 
 
-def synthesis(*, output: Path) -> None:
+def synthesis(*, output: Output) -> None:
     """Synthesise the release into the folder of `output`; `output`, written last, lists each file and its SHA-256."""
     files = synthesise(output.parent)
     index = io.StringIO(newline="")

@@ -29,12 +29,12 @@ from gmp_atl.evaluations import (
     ablation_system,
     load,
     main_system,
-    provenance,
+    origin,
     seeds,
     systems,
     table_3_systems,
 )
-from gmp_atl.formats import write_text
+from gmp_atl.formats import Output, write_text
 from gmp_atl.metrics import confusion
 from gmp_atl.rendering import Cell, Table
 from gmp_atl.statistics import Difference, Interval, Summary, paired_difference, summarise
@@ -47,7 +47,7 @@ PLUS_MINUS = "±folds is the standard deviation over folds, ±seeds that over se
 Row = Mapping[str, str | Cell]
 
 
-def tables(*, config: Config, evaluations: Path, output: Path) -> None:
+def tables(*, config: Config, evaluations: Path, output: Output) -> None:
     """Write every table that the config asks for into the folder `output`.
 
     Args:
@@ -98,7 +98,7 @@ def _table_1(run: Evaluations) -> Table:
     rows.append(row("Total", total["utterances"], total["n_samples"], paper.TABLE_1_TOTAL))
     caption = f"Table 1: Details of the dataset ({run.corpus.name})"
     note = ["The paper's columns are of IEMOCAP."] if of_paper else []
-    return Table("table1", caption, rows, _partial(run), [*note, *provenance(run)])
+    return Table("table1", caption, rows, _partial(run), [*note, *origin(run)])
 
 
 def _table_2(run: Evaluations) -> Table:
@@ -127,7 +127,7 @@ def _table_2(run: Evaluations) -> Table:
     footer = [
         "A: audio, T: text; numbers in brackets are the paper's references. Published figures are on IEMOCAP.",
         f"This run: mean ±folds ±seeds; {PLUS_MINUS}",
-        *provenance(run),
+        *origin(run),
     ]
     return Table("table2", "Table 2: Comparison with published systems", rows, _not_comparable(run), footer)
 
@@ -147,7 +147,7 @@ def _table_3(run: Evaluations) -> Table:
     footer = [
         "The paper prints one layer on all four rows; a row without GMPs has only the layer that the head reads.",
         f"This run: mean ±folds ±seeds; {PLUS_MINUS} Diff.: this run minus the paper.",
-        *provenance(run),
+        *origin(run),
     ]
     return Table("table3", "Table 3: The effect of GMPs and AMS loss", rows, _not_comparable(run), footer)
 
@@ -164,7 +164,7 @@ def _table_4(run: Evaluations) -> Table:
     ]
     footer = [
         f"GMPs and AMS loss. This run: mean ±folds ±seeds; {PLUS_MINUS} Diff.: this run minus the paper.",
-        *provenance(run),
+        *origin(run),
     ]
     return Table("table4", "Table 4: The effect of the layer of the GMPs", rows, _not_comparable(run), footer)
 
@@ -188,7 +188,7 @@ def _effects(run: Evaluations) -> Table:
         "Differences in points, from the folds and seeds that both rows have.",
         "95 % t intervals of paired differences: over folds (means over seeds), over seeds (means over all folds).",
         "Folds share training data, so that the interval over folds is approximate.",
-        *provenance(run),
+        *origin(run),
     ]
     return Table("effects", "Effects: differences between the rows of Table 3", rows, _not_comparable(run), footer)
 
@@ -216,7 +216,7 @@ def _ablations(run: Evaluations) -> Table:
     footer = [
         f"GMPs of layer {main.layer} and AMS loss, under other readings of the paper. {PLUS_MINUS}",
         "Differences from main in points, with 95 % t intervals as in the table of effects.",
-        *provenance(run),
+        *origin(run),
     ]
     return Table("ablations", "Ablations", rows, _partial(run), footer)
 
@@ -238,7 +238,7 @@ def _per_fold(run: Evaluations) -> Table:
             for fold, group in enumerate(run.config.folds.held_out, start=1)
             for seed in seeds(run.config, system)
         ]
-    return Table("per_fold", "UAR and WAR of every fold and seed", rows, _partial(run), provenance(run))
+    return Table("per_fold", "UAR and WAR of every fold and seed", rows, _partial(run), origin(run))
 
 
 def _per_session(run: Evaluations) -> Table:
@@ -259,7 +259,7 @@ def _per_session(run: Evaluations) -> Table:
             }
             utterances = str(here["id"].nunique()) if matrices else NOT_RUN
             rows.append({"System": _system(system), "Session": session, "Utterances": utterances, **means})
-    footer = ["Means over seeds; UAR over the classes that the session has.", *provenance(run)]
+    footer = ["Means over seeds; UAR over the classes that the session has.", *origin(run)]
     return Table("per_session", "UAR and WAR of every session", rows, _partial(run), footer)
 
 
@@ -279,7 +279,7 @@ def _confusion_counts(run: Evaluations) -> Table:
                         "Percent of label": share,
                     }
                 )
-    return Table("confusion", "Confusions, pooled over folds and seeds", rows, _partial(run), provenance(run))
+    return Table("confusion", "Confusions, pooled over folds and seeds", rows, _partial(run), origin(run))
 
 
 def _confusion_matrix(run: Evaluations) -> Table:
@@ -289,7 +289,7 @@ def _confusion_matrix(run: Evaluations) -> Table:
         shares = counts / counts.sum() if counts.any() else np.full(len(counts), np.nan)
         cells = {f"as {name}": _number(100 * share) for name, share in zip(run.config.classes, shares, strict=True)}
         rows.append({"Label": label, **cells, "Predictions": str(counts.sum())})
-    footer = ["Rows are labels, in percent of the label, pooled over folds and seeds.", *provenance(run)]
+    footer = ["Rows are labels, in percent of the label, pooled over folds and seeds.", *origin(run)]
     caption = f"Confusions of {main.label} ({DONE.lower()}: {_evaluated(run, main)})"
     return Table("confusion", caption, rows, _partial(run), footer)
 
@@ -304,7 +304,7 @@ def _clusters(run: Evaluations) -> Table:
         | {str(name): f"{value:.4g}" if np.isfinite(value) else NONE for name, value in statistics.items()}
         for (variant, layer, size), statistics in means.sort_index(ascending=[True, False, True]).iterrows()
     ]
-    footer = ["Means over folds and seeds (fits).", *provenance(run)]
+    footer = ["Means over folds and seeds (fits).", *origin(run)]
     return Table("clusters", "Clusters behind the GMPs", rows, _partial(run), footer)
 
 
