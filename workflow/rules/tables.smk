@@ -53,8 +53,8 @@ rule archive:
     input:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
-        tables=rules.tables.output,
-        figures=rules.figures.output,
+        table=rules.tables.output[0],
+        figure=rules.figures.output.layers,
     output:
         archive=f"<results>/{CONFIG.name}.zip",
         provenance="<logs>/archive.json",
@@ -65,8 +65,8 @@ rule archive:
     params:
         config=settings("tables"),
         evaluations=subpath(input.corpus, parent=True),
-        tables=subpath(input.tables[0], parent=True),
-        figures=subpath(input.figures[0], parent=True),
+        tables=subpath(input.table, parent=True),
+        figures=subpath(input.figure, parent=True),
         code=code_hash("archive"),
     shell:
         "python -m gmp_atl archive --config {params.config:q} --evaluations {params.evaluations}"
