@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -10,32 +11,43 @@ from pathlib import Path
 
 import pytest
 
-from gmp_atl.errors import UserError
+from gmp_atl import leases
+from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.leases import take_gpu
 
 HOLDER = """
 import os, sys, time
-from gmp_atl.leases import take_gpu
-take_gpu(timeout=60)
+from pathlib import Path
+from gmp_atl import leases
+leases.LOCKS = Path(sys.argv[2], "locks")
+leases.take_gpu(timeout=60)
 assert not {"torch", "faiss"} & set(sys.modules)
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 work = sys.argv[1]
 if work == "forever":
     time.sleep(600)
 # Two holders of one device would collide on its file.
-busy = os.path.join(sys.argv[2], os.environ["CUDA_VISIBLE_DEVICES"])
+busy = os.path.join(sys.argv[2], sys.argv[3] + os.environ["CUDA_VISIBLE_DEVICES"])
 os.close(os.open(busy, os.O_CREAT | os.O_EXCL))
 time.sleep(float(work))
 os.unlink(busy)
 """
 
 
-def holder(folder: Path, pool: str, work: str) -> subprocess.Popen[str]:
-    (folder / "busy").mkdir(exist_ok=True)
+def holder(folder: Path, pool: str, work: str, *, allocation: str = "") -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    environment |= {"TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": pool}
-    command = [sys.executable, "-c", HOLDER, work, str(folder / "busy")]
+    # TMPDIR may differ between the jobs of a run.
+    environment |= {"TMPDIR": str(folder / "elsewhere"), "CUDA_VISIBLE_DEVICES": pool}
+    if allocation:
+        environment["SLURM_JOB_ID"] = allocation
+    command = [sys.executable, "-c", HOLDER, work, str(folder), f"job{allocation}-"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LOCKS", tmp_path / "locks")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 def test_no_device_is_held_twice(tmp_path: Path) -> None:
@@ -59,15 +71,20 @@ def test_a_killed_holder_frees_its_device(tmp_path: Path, how: signal.Signals) -
     assert second.returncode == 0
 
 
-def test_waiting_ends_with_a_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_told_and_ends_with_a_clear_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     first = holder(tmp_path, "0", "forever")
     assert first.stdout is not None
     first.stdout.readline()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(UserError, match=r"No GPU of 0 became free within 1 s.*--resources gpu=1"):
-        take_gpu(timeout=1)
+    monkeypatch.setattr(leases, "_REMIND_SECONDS", 1.0)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(UserError, match=r"No GPU of 0 became free within 3 s.*--resources gpu=1"):
+        take_gpu(timeout=3)
+    told = [record for record in caplog.records if record.getMessage() == "waiting for one of the GPUs 0"]
+    assert len(told) >= 2, "at once, and again"
+    assert {record.levelno for record in told} == {NOTICE}
     first.kill()
     first.communicate()
 
@@ -75,13 +92,39 @@ def test_waiting_ends_with_a_clear_message(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("pool", ["", "-1"])
 def test_no_device_is_an_error(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", pool)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="workflow/profiles/cpu"):
         take_gpu()
 
 
-def test_slurm_has_assigned_the_device_already(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pool", ["2", "", None])
+def test_a_slurm_job_with_one_device_or_none_leases_nothing(
+    pool: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    if pool is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", pool)
     take_gpu(timeout=0)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == pool
+    assert not list(tmp_path.iterdir())
+
+
+def test_jobs_of_one_allocation_share_its_devices_out(tmp_path: Path) -> None:
+    """Two allocations on one host, each with devices 0 and 1 of its own, and four jobs in each."""
+    first, second = ([holder(tmp_path, "0,1", "0.2", allocation=job) for _ in range(4)] for job in ("17", "18"))
+    for processes in (first, second):
+        outcomes = [(process.communicate(timeout=60), process.returncode) for process in processes]
+        assert [code for _, code in outcomes] == [0] * 4, [errors for (_, errors), _ in outcomes]
+        assert {out.strip() for (out, _), _ in outcomes} <= {"0", "1"}
+    assert {folder.name for folder in tmp_path.glob("locks*")} == {"locks-slurm17", "locks-slurm18"}
+
+
+def test_a_full_allocation_holds_up_no_other(tmp_path: Path) -> None:
+    holders = [holder(tmp_path, "0,1", "forever", allocation="17") for _ in range(2)]
+    assert {process.stdout.readline().strip() for process in holders if process.stdout} == {"0", "1"}
+    other = holder(tmp_path, "0,1", "0", allocation="18")
+    assert other.communicate(timeout=30)[0].strip() == "0"
+    for process in holders:
+        process.kill()
+        process.communicate()

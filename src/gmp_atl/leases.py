@@ -1,7 +1,8 @@
 """One GPU per local job: Snakemake counts GPUs but does not say which, so jobs take a lock on one.
 
 A lease is a flock on a file per device in a folder of this host. The kernel gives it up with the process,
-however that ends, so no lease outlives its holder. Under a scheduler (SLURM) the devices are assigned already.
+however that ends, so no lease outlives its holder. A SLURM job that was given one device has nothing to choose;
+several in one allocation (salloc, with Snakemake inside) are shared out like those of a workstation.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from gmp_atl.errors import NOTICE, UserError
 
 log = logging.getLogger(__name__)
 
+LOCKS = Path(f"/tmp/gmp-atl-gpu-locks-{os.getuid()}-{socket.gethostname()}")
+"""Not in TMPDIR, which may be another for each job, nor on a disk that hosts share."""
 _POLL_SECONDS = 0.5
 _REMIND_SECONDS = 60.0
 _held: list[int] = []
@@ -27,20 +30,25 @@ _held: list[int] = []
 def take_gpu(timeout: float = 3600.0) -> None:
     """Wait for a free GPU, lock it until this process ends, and make it the only one visible to CUDA.
 
-    Call it before torch or faiss is imported. `timeout` is in seconds.
+    Call it before torch or faiss is imported. `timeout` is in seconds. Under SLURM with one visible device, or with
+    none named, it does nothing: if that leaves the job without a GPU, `devices.resolve` says so.
 
     Raises:
         UserError: there is no GPU, or none became free in time.
     """
-    if os.environ.get("SLURM_JOB_ID"):
-        return
-    devices = _devices()
+    folder, devices = LOCKS, _visible()
+    if allocation := os.environ.get("SLURM_JOB_ID"):
+        if devices is None or len(devices) < 2:
+            return
+        # Each allocation may count its devices from 0.
+        folder = LOCKS.with_name(f"{LOCKS.name}-slurm{allocation}")
+    elif devices is None:
+        devices = _of_nvidia_smi()
     if not devices:
         raise UserError(
             "This job was given a GPU (resources: gpu=1), but CUDA_VISIBLE_DEVICES is empty or nvidia-smi lists none. "
             "Run on the CPU with --workflow-profile workflow/profiles/cpu."
         )
-    folder = Path(tempfile.gettempdir()) / f"gmp-atl-gpu-leases-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     started = reminded = time.monotonic()
     while not any(_try(folder / _file_name(device), device) for device in devices):
@@ -56,11 +64,16 @@ def take_gpu(timeout: float = 3600.0) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _devices() -> list[str]:
-    """Names that CUDA_VISIBLE_DEVICES understands."""
+def _visible() -> list[str] | None:
+    """Entries of CUDA_VISIBLE_DEVICES, if it is set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device.strip() for device in visible.split(",") if device.strip() and device.strip() != "-1"]
+    if visible is None:
+        return None
+    return [device.strip() for device in visible.split(",") if device.strip() and device.strip() != "-1"]
+
+
+def _of_nvidia_smi() -> list[str]:
+    """Names that CUDA_VISIBLE_DEVICES understands, of every device of this host."""
     try:
         query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
         listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
