@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from snakemake_logger_plugin_gmp import Job
+
 SNAKEFILE = """
 rule all:
     input: "table.txt", expand("model{fold}.txt", fold=[1, 2, 3])
@@ -27,6 +29,23 @@ rule table:
     input: "model1.txt"
     output: "table.txt"
     shell: "touch {output}"
+"""
+
+
+WAITING = """
+rule all:
+    input: "waiting.txt", "quick.txt"
+
+rule waiting:
+    output: "waiting.txt"
+    log: "logs/waiting.log"
+    shell:
+        "echo note: waiting for a GPU > {log}; touch told.txt; until [ -e go.txt ]; do sleep 0.1; done;"
+        " echo note: done with it >> {log}; touch {output}"
+
+rule quick:
+    output: "quick.txt"
+    shell: "until [ -e told.txt ]; do sleep 0.1; done; touch {output}"
 """
 
 
@@ -72,6 +91,25 @@ def test_notices_in_a_log_are_shown_once(toy: Path) -> None:
     assert output.count("of this corpus") == 1
 
 
+def test_notices_of_a_running_job_come_with_the_next_event(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(WAITING, encoding="utf-8")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/waiting.log").write_text("note: of an earlier run\n", encoding="utf-8")
+    arguments = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command("--cores", "2"), **arguments) as process:
+        assert process.stdout is not None
+        output = ""
+        for line in process.stdout:
+            output += line
+            if line == "waiting: waiting for a GPU\n":
+                (tmp_path / "go.txt").touch()
+    assert process.returncode == 0
+    assert output.index("] quick") < output.index("waiting for a GPU") < output.index("] waiting")
+    assert output.count("waiting for a GPU") == 1
+    assert re.search(r"\] waiting \(\S+ s\)\n  done with it\n", output)
+    assert "of an earlier run" not in output
+
+
 def test_failed_job_is_shown_with_the_end_of_its_log(toy: Path) -> None:
     code, output = run(toy, FAILING="2")
     assert code != 0
@@ -91,10 +129,11 @@ def test_dry_run_is_snakemakes_own(toy: Path) -> None:
     assert "Jobs to run" not in output
 
 
-def test_terminal_shows_rules_and_what_remains(toy: Path) -> None:
+def on_terminal(folder: Path) -> str:
+    """What a user's terminal is sent."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(command(), cwd=toy, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = subprocess.Popen(command(), cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
     while True:
@@ -104,9 +143,45 @@ def test_terminal_shows_rules_and_what_remains(toy: Path) -> None:
             break
     os.close(ours)
     assert process.wait(timeout=120) == 0
-    text = output.decode()
+    return output.decode()
+
+
+def test_terminal_shows_rules_and_what_remains(toy: Path) -> None:
+    text = on_terminal(toy)
     assert re.search(r"training\S*\s+\S*\d/3", text)
     assert "/5 jobs" in text
     assert "left" in text
     assert "5 of 5 jobs done" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
+
+
+@pytest.mark.parametrize(
+    ("log", "state"),
+    [
+        ("multitask fold 1 seed 2: update 30 of 225, loss 1.234", "update 30 of 225, loss 1.234"),
+        ("note: waiting for one of the GPUs 0, 1", "waiting for one of the GPUs 0, 1"),
+        ("note: waiting for one of the GPUs 0\nupdate 3 of 5\nloading", "update 3 of 5"),
+        ("loading", ""),
+        ("note: too far back\n" + "loading\n" * 1000, ""),
+    ],
+)
+def test_state_of_a_running_job_is_the_last_such_line_of_its_log(tmp_path: Path, log: str, state: str) -> None:
+    path = tmp_path / "job.log"
+    assert Job("training", "training", 0.0, [path]).state() == "", "not written yet"
+    path.write_text(log, encoding="utf-8")
+    assert Job("training", "training", 0.0, [path]).state() == state
+    later = path.stat().st_mtime + 1
+    assert Job("training", "training", 0.0, [path], later).state() == "", "of an earlier try"
+
+
+def test_terminal_shows_what_running_jobs_do(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(
+        """
+rule training:
+    output: "model.txt"
+    log: "training.log"
+    shell: "echo fold 1: update 30 of 225 > {log}; sleep 7; touch {output}"
+""",
+        encoding="utf-8",
+    )
+    assert re.search(r"training\S*\s+\S*0/1\S*\s+0:0\d update 30 of 225", on_terminal(tmp_path))

@@ -1,8 +1,8 @@
 """Progress display of the DAG: what runs, what is done and what remains (`snakemake --logger gmp`).
 
 Snakemake finds logger plugins by the name of this package. On a terminal one table is kept up to date, a row
-per rule; anywhere else (CI, a pipe, a batch job's log) each finished job is one line. A failed job is shown
-with the end of its log. Dry runs, `--quiet`, `--verbose` and `--debug-dag` look as they do without the plugin,
+per rule; anywhere else (CI, a pipe, a batch job's log) each finished job is one line. Notices in the logs of
+running jobs are passed on, and a failed job is shown with the end of its log. Dry runs, `--quiet`, `--verbose` and `--debug-dag` look as they do without the plugin,
 and the complete log that Snakemake writes to .snakemake/log is the same in every case.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import re
 import sys
 import time
@@ -27,7 +28,13 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 NOTICE_PREFIX = "note: "
-"""Marks lines of a job's log that are shown when it is done."""
+"""Marks lines of a job's log that are passed on."""
+STATE = re.compile(rf"^{NOTICE_PREFIX}(.+)$|(update \d+ of \d+.*)$", re.MULTILINE)
+"""Lines of a job's log that say what it is doing: a notice, or the progress of a training job."""
+STATE_SECONDS = 5.0
+"""Age at which a running job's state is read again; logs may lie on a network disk."""
+TAIL_BYTES = 4096
+"""Of a log that are searched for the state."""
 LOG_LINES = 20
 """Of a failed job's log that are shown."""
 
@@ -54,6 +61,33 @@ class Job:
     name: str
     started: float
     logs: list[Path]
+    begun: float = 0.0
+    """Time of day; a log that was last written to before is of an earlier try."""
+    _read: dict[Path, int] = field(default_factory=dict)
+    _state: tuple[float, str] = (-STATE_SECONDS, "")
+
+    def notices(self, since: float) -> list[str]:
+        """Notices in the logs, if written to after `since`, that the last call did not return."""
+        return [notice for log in self.logs for notice in self._notices(log, since)]
+
+    def state(self) -> str:
+        """What the job is doing, from the last such line of its log; empty if none is near the end."""
+        read, text = self._state
+        now = time.monotonic()
+        if now - read >= STATE_SECONDS:
+            ends = b"\n".join(_content(log, -TAIL_BYTES, self.begun) for log in self.logs)
+            found = STATE.findall(ends.decode(errors="replace"))
+            text = max(found[-1]) if found else ""
+            self._state = (now, text)
+        return text
+
+    def _notices(self, log: Path, since: float) -> list[str]:
+        start = self._read.get(log, 0)
+        content = _content(log, start, since)
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read[log] = start + len(whole)
+        lines = whole.decode(errors="replace").splitlines()
+        return [line.removeprefix(NOTICE_PREFIX).rstrip() for line in lines if line.startswith(NOTICE_PREFIX)]
 
 
 @dataclass
@@ -74,7 +108,8 @@ class Progress:
         wildcards = "".join(f" {key}={value}" for key, value in record.wildcards.items())
         self.failed.pop(record.jobid, None)
         logs = [Path(log) for log in record.log or []]
-        self.running[record.jobid] = Job(record.rule_name, record.rule_name + wildcards, time.monotonic(), logs)
+        name = record.rule_name + wildcards
+        self.running[record.jobid] = Job(record.rule_name, name, time.monotonic(), logs, record.created)
 
     def finish(self, jobid: int) -> tuple[str, list[str]]:
         """A job has ended well; returns the line that says so, and what its log wants the user to see."""
@@ -84,9 +119,12 @@ class Progress:
         self.seconds[job.rule] = self.seconds.get(job.rule, 0.0) + took
         total = str(self.planned.total())
         line = f"[{self.done.total():>{len(total)}}/{total}] {job.name} ({duration(took)})"
-        told = [note for log in job.logs for note in notes(log) if note not in self.notices]
-        self.notices.update(told)
-        return line, told
+        return line, self._new(job, since=0.0)
+
+    def news(self) -> list[str]:
+        """Notices of running jobs that users have not been told."""
+        running = self.running.values()
+        return [f"{job.name}: {notice}" for job in running for notice in self._new(job, job.begun)]
 
     def fail(self, jobid: int, rule: str) -> str:
         """A job has failed; returns the line that says so."""
@@ -114,6 +152,11 @@ class Progress:
             line += f", {len(self.failed)} failed or stopped: {', '.join(self.failed.values())}"
         return line
 
+    def _new(self, job: Job, since: float) -> list[str]:
+        new = [notice for notice in dict.fromkeys(job.notices(since)) if notice not in self.notices]
+        self.notices.update(new)
+        return new
+
     def _mean(self, rule: str) -> float:
         return self.seconds[rule] / self.done[rule] if rule in self.seconds else 0.0
 
@@ -134,7 +177,7 @@ class Display:
         rules.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for rule, planned in state.planned.items():
             jobs = [
-                f"{job.name.removeprefix(rule).strip()} {clock(now - job.started)}".strip()
+                " ".join(filter(None, [job.name.removeprefix(rule).strip(), clock(now - job.started), job.state()]))
                 for job in running
                 if job.rule == rule
             ]
@@ -213,6 +256,8 @@ class LogHandler(LogHandlerBase):
             message = re.sub(r"^Command '.*' (?=returned|died)", "Command ", message, flags=re.DOTALL | re.MULTILINE)
             if message.strip() and not message.startswith(NOISE):
                 self._say(message, {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}.get(record.levelname, ""))
+        for notice in self.progress.news():
+            self._say(notice, "yellow")
 
     def _begin(self, planned: dict[str, int]) -> None:
         self.progress = Progress(planned=Counter(planned))
@@ -274,13 +319,17 @@ def tail(log: Path) -> str:
     return f"  {log}, the last {len(last)} lines:\n" + "\n".join(f"  | {line.rstrip()}" for line in last)
 
 
-def notes(log: Path) -> list[str]:
-    """Lines of a job's log that are meant for the terminal."""
+def _content(log: Path, start: int, since: float) -> bytes:
+    """A log from byte `start` on, or, below zero, its last bytes; nothing if it was not written to after `since`."""
     try:
-        with log.open(errors="replace") as lines:
-            return [line.removeprefix(NOTICE_PREFIX).rstrip() for line in lines if line.startswith(NOTICE_PREFIX)]
+        with log.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_mtime < since:
+                return b""
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(start if start >= 0 else max(0, end + start))
+            return stream.read()
     except OSError:
-        return []
+        return b""
 
 
 def clock(seconds: float) -> str:
