@@ -25,10 +25,10 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test lint format lock envs reference clean
+.PHONY: help setup opensmile demo archive tables test test-slurm lint format lock envs reference clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(INSTALLED)  ## install the locked environment in .venv
 
@@ -84,6 +84,9 @@ tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures o
 
 test: setup  ## run the tests
 	@python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-slurm: setup  ## run the SLURM tests; as root, and on Debian: they install and start SLURM
+	@python -m pytest testbeds/slurm
 
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .

@@ -91,8 +91,8 @@ def test_relative_links_resolve(page: Path) -> None:
 
 @pages(of="`make ")
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    commands = re.findall(r"(?:`|^ +)make ([a-zA-Z=0-9 ]+?)(?:`| *#|$)", TEXT[page], re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = re.findall(r"(?:`|^ +)make ([a-zA-Z=0-9 -]+?)(?:`| *#|$)", TEXT[page], re.MULTILINE)
     named = {word for command in commands for word in command.split() if "=" not in word}
     assert named
     assert named <= targets

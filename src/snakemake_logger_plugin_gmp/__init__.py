@@ -2,8 +2,9 @@
 
 Snakemake finds logger plugins by the name of this package. On a terminal one table is kept up to date, a row
 per rule; anywhere else (CI, a pipe, a batch job's log) each finished job is one line. Notices in the logs of
-running jobs are passed on, and a failed job is shown with the end of its log. Dry runs, `--quiet`, `--verbose` and `--debug-dag` look as they do without the plugin,
-and the complete log that Snakemake writes to .snakemake/log is the same in every case.
+running jobs are passed on, and a failed job is shown with the end of its log. Dry runs, `--quiet`, `--verbose`
+and `--debug-dag` look as they do without the plugin, and the complete log that Snakemake writes to .snakemake/log
+is the same in every case.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ rule pretrained:
         provenance="<provenance>/pretrained.json",
     log:
         "<logs>/pretrained.log",
+    localrule: True
     conda:
         "../../envs/torch.yaml"
     resources:

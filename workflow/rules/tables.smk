@@ -14,6 +14,7 @@ rule tables:
         provenance="<logs>/tables.json",
     log:
         "<logs>/tables.log",
+    localrule: True
     conda:
         "../../envs/tables.yaml"
     params:
@@ -36,6 +37,7 @@ rule figures:
         provenance="<logs>/figures.json",
     log:
         "<logs>/figures.log",
+    localrule: True
     conda:
         "../../envs/tables.yaml"
     params:
