@@ -299,16 +299,17 @@ def sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("update", [0, 4, 8])
-def test_sigterm_saves_after_the_update_and_the_next_run_goes_on(run, update):
-    handler = signal.getsignal(signal.SIGTERM)
+def test_a_signal_saves_after_the_update_and_the_next_run_goes_on(run, update, number):
+    handler = signal.getsignal(number)
     uninterrupted = run(apart="uninterrupted", dropout=0.5).finished()
-    stopped = run(dropout=0.5, before=stop_at(update, sigterm))
+    stopped = run(dropout=0.5, before=stop_at(update, lambda: os.kill(os.getpid(), number)))
     with pytest.raises(SystemExit) as exit_:
         stopped.trainer.run()
-    assert exit_.value.code == 128 + 15
+    assert exit_.value.code == 128 + number
     assert stopped.update == update + 1
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(number) is handler
     resumed = run(dropout=0.5).finished()
     assert resumed.calls == 3 * UPDATES_PER_EPOCH - update - 1
     assert equal(resumed.weights, uninterrupted.weights)

@@ -125,23 +125,23 @@ class Trainer:
 
         Raises:
             UserError: the loss or the gradient is no longer finite.
-            SystemExit: SIGTERM came; the checkpoint holds everything up to the last update.
+            SystemExit: SIGTERM or SIGINT came; the checkpoint holds everything up to the last update.
         """
         self._resume()
         self.model.train()
         started, first = time.monotonic(), self.progress.update
         saved = reported = started
         seconds = 0.0
-        with _sigterm_as_flag() as terminated:
+        with _signals_as_flag() as flag:
             while self.progress.update < self.updates:
                 seconds += self._update()
-                now, stop = time.monotonic(), terminated.is_set  # read once: what is stopped has been saved
+                now, stop = time.monotonic(), flag.received  # read once: what is stopped has been saved
                 if stop or now - saved >= 60 * CHECKPOINT_MINUTES:
                     self._save()
                     saved = now
                 if stop:
-                    log.warning("%s: stopped by SIGTERM after update %d", self.key.stage, self.progress.update)
-                    raise SystemExit(128 + signal.SIGTERM)
+                    log.warning("%s: stopped by %s after update %d", self.key.stage, stop.name, self.progress.update)
+                    raise SystemExit(128 + stop)
                 if now - reported >= _PROGRESS_SECONDS:
                     reported = now
                     self._report(seconds / (now - started), (now - started) / (self.progress.update - first))
@@ -289,19 +289,23 @@ class Trainer:
 
 @dataclass
 class _Flag:
-    is_set: bool = False
+    received: signal.Signals | None = None
 
 
 @contextmanager
-def _sigterm_as_flag() -> Iterator[_Flag]:
-    """Within the block SIGTERM only raises a flag, so that an update is never cut in half."""
+def _signals_as_flag() -> Iterator[_Flag]:
+    """Within the block SIGTERM and SIGINT only raise a flag, so that an update is never cut in half.
+
+    SIGTERM comes from a cluster's scheduler; Ctrl-C on Snakemake sends SIGINT to its jobs too.
+    """
     flag = _Flag()
 
-    def note(*_: object) -> None:
-        flag.is_set = True
+    def note(number: int, _: object) -> None:
+        flag.received = signal.Signals(number)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
