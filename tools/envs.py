@@ -1,8 +1,11 @@
-"""Write envs/*.yaml, the Conda environments of the rules, from the locks: `make envs`.
+"""Write envs/*.yaml, the Conda environments of the rules, and requirements/tables.lock from the locks: `make envs`.
 
 An environment holds the packages that one kind of rule imports, named in `ENVIRONMENTS`, and all that these
 depend on, as read from the metadata of what is installed in .venv. Versions are the locks'. Conda gives Python and pip,
 and pip the exact pins: they stand in the file because Snakemake copies it elsewhere, where `pip: -r` finds no lock.
+
+tables.lock has the packages of the environment `tables` with main.lock's hashes, for a virtual environment without
+torch that makes tables from evaluations.
 """
 
 from __future__ import annotations
@@ -57,9 +60,10 @@ dependencies:
 
 
 def main() -> None:
-    """Write every environment."""
+    """Write every environment, and the lock for tables."""
     for name in ENVIRONMENTS:
         (ROOT / "envs" / f"{name}.yaml").write_text(environment(name), encoding="utf-8")
+    (ROOT / "requirements" / "tables.lock").write_text(tables_lock(), encoding="utf-8")
 
 
 def environment(name: str) -> str:
@@ -73,10 +77,26 @@ def environment(name: str) -> str:
     return TEMPLATE.format(roots=", ".join(roots), pins="\n".join(pins))
 
 
+def tables_lock() -> str:
+    """The text of tables.lock: those packages of main.lock that the environment `tables` has."""
+    entries = _entries("main")
+    wanted = [entries[package] for package in sorted(closure(ENVIRONMENTS["tables"]))]
+    return "# Made from main.lock by `make envs`; do not edit. What envs/tables.yaml has, with hashes.\n" + "".join(
+        wanted
+    )
+
+
 def locked() -> dict[str, str]:
     """Version of every package in the locks."""
-    lines = [line for lock in ("main", "opensmile") for line in (ROOT / f"requirements/{lock}.lock").open()]
-    return {pin[1]: pin[2] for line in lines if (pin := re.match(r"([a-z0-9-]+)==(\S+)", line))}
+    entries = {name: entry for lock in ("main", "opensmile", "conda") for name, entry in _entries(lock).items()}
+    return {name: re.split(r"==|\s", entry)[1] for name, entry in entries.items()}
+
+
+def _entries(lock: str) -> dict[str, str]:
+    """The text of each package in a lock: its pin, hashes and comments."""
+    text = (ROOT / f"requirements/{lock}.lock").read_text(encoding="utf-8")
+    entries = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
+    return {entry.partition("==")[0]: entry for entry in entries}
 
 
 def closure(roots: list[str]) -> set[str]:
