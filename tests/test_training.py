@@ -356,6 +356,15 @@ def test_a_damaged_checkpoint_is_reported_and_not_taken_up(run, caplog, share):
     assert equal(trained.weights, run(apart="fresh").finished().weights)
 
 
+@pytest.mark.parametrize("minutes", [0.0, 10.0], ids=["saving again", "not saving again"])
+def test_what_a_kill_in_the_middle_of_a_save_left_is_removed(run, monkeypatch, minutes):
+    monkeypatch.setattr(training, "CHECKPOINT_MINUTES", minutes)
+    trained = run()
+    (trained.folder / f".{trained.checkpoint.name}.abcdefgh.part").write_bytes(b"half")
+    trained.finished().history()
+    assert [path.name for path in trained.folder.iterdir()] == ["history.parquet"]
+
+
 def test_fingerprints_tell_settings_runs_and_inputs_apart(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_text("1")

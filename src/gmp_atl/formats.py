@@ -50,6 +50,7 @@ def sha256(path: Path) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved onto it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -61,6 +62,12 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a write of `path` that was killed has left beside it: up to the size of the whole file."""
+    for partial in path.parent.glob(f".{path.name}.*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Regularisation, load_tensors, save_tensors
 from gmp_atl.errors import UserError
-from gmp_atl.formats import HISTORY, sha256
+from gmp_atl.formats import HISTORY, remove_partial, sha256
 from gmp_atl.randomness import Key
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ class Trainer:
         columns = {"update": updates, "epoch": epochs, "quantity": quantities, "value": values}
         HISTORY.write(history, pa.table(columns, schema=HISTORY.schema), stage=self.key.stage)
         self.checkpoint.unlink(missing_ok=True)
+        remove_partial(self.checkpoint)
 
     def _update(self) -> float:
         """One optimiser step; returns the seconds of audio in it."""
