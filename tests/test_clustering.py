@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from gmp_atl.errors import UserError
 from gmp_atl.formats import CLUSTER_STATISTICS, LAYER_FEATURES, PSEUDO_LABELS, feature_rows
+from gmp_atl.stages import clustering as clustering_stage
 from gmp_atl.stages.cluster_statistics import cluster_statistics
 
 DIMENSIONS = 3
@@ -140,6 +141,32 @@ def test_a_codebook_says_where_it_comes_from(stages, features):
     for metadata in (of_centroids, of_labels):
         assert (metadata["layer"], metadata["size"]) == (-3, 8)
         assert sorted(metadata["fitted_on"]) == sorted(stages.inputs.ids("S2", "S3"))
+
+
+def test_frames_read_from_the_file_at_every_pass_give_the_bytes_of_frames_in_memory(stages, features, monkeypatch):
+    path = features(100)
+    held = stages.clustering(path, 8)
+    monkeypatch.setattr(clustering_stage, "_MEMORY", 4 * DIMENSIONS * 800 - 1)
+    read = stages.clustering(path, 8)
+    assert read.centroids.read_bytes() == held.centroids.read_bytes()
+    assert read.pseudo_labels.read_bytes() == held.pseudo_labels.read_bytes()
+
+
+def test_mini_batches_are_drawn_from_what_memory_holds(stages, features, monkeypatch, caplog):
+    monkeypatch.setattr(clustering_stage, "_MEMORY", 4 * DIMENSIONS * 500)
+    codebook = stages.clustering(features(100), 4, {"clustering.algorithm": "mini_batch"})
+    assert "500 of 800 are drawn at random" in caplog.text
+    assert read_centroids(codebook.centroids)[1]["statistics"]["frames_per_centroid"] == 200
+
+
+@pytest.mark.parametrize("clips_at_once", [1, 3, 8])
+def test_labels_written_in_parts_are_whole(stages, features, monkeypatch, clips_at_once):
+    path = features(10)
+    expected = read_labels(stages.clustering(path, 4).pseudo_labels)
+    monkeypatch.setattr(clustering_stage, "_CLIPS_AT_ONCE", clips_at_once)
+    found = read_labels(stages.clustering(path, 4).pseudo_labels)
+    assert list(found) == list(expected)
+    assert all(np.array_equal(found[each], expected[each]) for each in expected)
 
 
 # Too little speech.

@@ -270,13 +270,13 @@ def test_10_predictions_of_the_transductive_reading_say_so(stages):
     assert PREDICTIONS.read(predictions)[1]["fit_on"] == "all"
 
 
-def test_11_mini_batches_are_scikit_learns_and_lloyd_is_faiss(stages, upstream, monkeypatch):
+def test_11_mini_batches_are_scikit_learns_and_lloyd_sees_every_frame(stages, upstream, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("FAISS is asked to cluster")
+        raise AssertionError("Lloyd's algorithm is asked")
 
-    monkeypatch.setattr(clustering_stage.faiss, "Kmeans", refuse)
+    monkeypatch.setattr(clustering_stage.kmeans, "initial_centroids", refuse)
     stages.clustering(upstream.layer_features, 4, {"clustering.algorithm": "mini_batch"})
-    with pytest.raises(AssertionError, match="FAISS is asked"):
+    with pytest.raises(AssertionError, match="Lloyd's"):
         stages.clustering(upstream.layer_features, 4, {"clustering.algorithm": "lloyd"})
 
 

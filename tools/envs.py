@@ -32,7 +32,7 @@ ENVIRONMENTS = {
         "torchaudio",
     ],
     # No torch: it and faiss bring two OpenMP libraries and two CUDA versions, which crash in one process.
-    "faiss": ["faiss-gpu", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scikit-learn"],
+    "faiss": ["faiss-gpu", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scikit-learn", "scipy"],
     "opensmile": [
         "numpy",
         "opensmile",

@@ -15,7 +15,7 @@ from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.encoder import HOP
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split
-from gmp_atl.formats import LOCAL_FEATURES, read_features
+from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _POOL = 50
@@ -42,13 +42,24 @@ class Clips:
         Raises:
             UserError: an utterance is missing, or the features are those of another encoder.
         """
-        found, metadata = read_features(LOCAL_FEATURES, path, set(split.ids))
-        if metadata["encoder"] != encoder:
-            raise UserError(
-                f"{path} holds features of {metadata['encoder']}, but the model is built on {encoder}; delete it and "
-                "run snakemake again."
-            )
+        _check_encoder(path, encoder)
+        found, _ = read_features(LOCAL_FEATURES, path, set(split.ids))
         return cls(split.ids, [found[utterance] for utterance in split.ids])
+
+    @classmethod
+    def stream(cls, path: Path, split: Split, *, encoder: str) -> Iterator[Clips]:
+        """As `read`, but one row group of the file at a time, in its order: the memory does not grow with the split."""
+        _check_encoder(path, encoder)
+        for found in stream_features(LOCAL_FEATURES, path, set(split.ids)):
+            yield cls(list(found), list(found.values()))
+
+
+def _check_encoder(path: Path, encoder: str) -> None:
+    found = LOCAL_FEATURES.open(path)[1]["encoder"]
+    if found != encoder:
+        raise UserError(
+            f"{path} holds features of {found}, but the model is built on {encoder}; delete it and run snakemake again."
+        )
 
 
 @dataclass(frozen=True)

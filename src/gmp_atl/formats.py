@@ -247,24 +247,39 @@ def feature_rows(ids: list[str], frames: list[np.ndarray]) -> pa.RecordBatch:
 
 
 def read_features(kind: Format, path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Frames of the wanted clips, (frames, dimensions) in float16 without a copy, and the metadata.
+    """Frames of the wanted clips, all in memory, and the metadata. Raises as `stream_features` does."""
+    found: dict[str, np.ndarray] = {}
+    for clips in stream_features(kind, path, wanted):
+        found |= clips
+    return found, kind.open(path)[1]
+
+
+def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Frames of the wanted clips, one row group at a time, in the order of the file.
+
+    A clip is (frames, dimensions) in float16, without a copy. Nothing is kept from one row group to the next.
 
     Raises:
-        UserError: a wanted clip is not in the file, or the file is not of this kind.
+        UserError: a wanted clip is not in the file, which is found before the first is read, or the file is damaged
+            or not of this kind.
     """
     file, header = kind.open(path)
-    found: dict[str, np.ndarray] = {}
-    for group in range(file.num_row_groups):
-        ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
-        if not any(utterance in wanted for utterance in ids):
-            continue
-        column = file.read_row_group(group, columns=["frames"])["frames"].combine_chunks()
-        for utterance, clip in zip(ids, column, strict=True):
-            if utterance in wanted:
-                found[utterance] = np.frombuffer(clip.as_buffer(), dtype="<f2").reshape(-1, header["dimensions"])
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise UserError(
-            f"{path} lacks {len(missing)} clips, {missing[0]} among them; delete it and run snakemake again."
-        )
-    return found, header
+    wanted = frozenset(wanted)
+    try:
+        groups = [file.read_row_group(group, columns=["id"])["id"].to_pylist() for group in range(file.num_row_groups)]
+        missing = sorted(wanted.difference(*groups))
+        if missing:
+            raise UserError(
+                f"{path} lacks {len(missing)} clips, {missing[0]} among them; delete it and run snakemake again."
+            )
+        for group, ids in enumerate(groups):
+            if wanted.isdisjoint(ids):
+                continue
+            column = file.read_row_group(group, columns=["frames"])["frames"].combine_chunks()
+            yield {
+                utterance: np.frombuffer(clip.as_buffer(), dtype="<f2").reshape(-1, header["dimensions"])
+                for utterance, clip in zip(ids, column, strict=True)
+                if utterance in wanted
+            }
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,22 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save_file
 
+from gmp_atl import kmeans
 from gmp_atl.config import ClusteringConfig, ClusteringSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, read_features
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, stream_features
+from gmp_atl.kmeans import Assignment
 from gmp_atl.randomness import derive
 
 log = logging.getLogger(__name__)
 
 COMFORTABLE = 39
 """Frames per centroid below which FAISS warns that a codebook is fitted on too little."""
+_MEMORY = 4 * 2**30
+"""Bytes of frames in float32 that are held; more are read anew at every pass. A fold of IEMOCAP takes 3.1 GB."""
+_CLIPS_AT_ONCE = 4096
+"""Clips whose labels are written at once."""
 
 
 def clustering(
@@ -49,27 +56,44 @@ def clustering(
         raise UserError("This job was given a GPU, but FAISS sees none; see nvidia-smi, or run with the cpu profile.")
     split = training_split(utterances, config.folds, fold)
     fitted = everything(utterances) if config.clustering.fit_on == "all" else split
-    fitted.refuse_leaks(_ids(layer_features), layer_features)
-    clips, header = read_features(LAYER_FEATURES, layer_features, set(fitted.ids))
-    split.refuse_leaks(header["fitted_on"], layer_features)
-    frames = np.concatenate([clips[utterance] for utterance in fitted.ids]).astype(np.float32)
-    _check_amount(len(frames), size, layer_features)
-    layer, settings = header["layer"], config.clustering
+    frames = _Frames(layer_features, fitted.ids)
+    fitted.refuse_leaks(frames.ids, layer_features)
+    split.refuse_leaks(frames.header["fitted_on"], layer_features)
+    _check_amount(frames.count, size, layer_features)
+    layer = frames.header["layer"]
     start = derive(seed, fold, f"clustering/{layer}/{size}")
-    codebook = _fit(frames, size, settings, start, gpus)
-    labels, statistics = _assign(codebook, frames, gpus)
-    header = {"layer": layer, "size": size, "fitted_on": sorted({*header["fitted_on"], *fitted.ids})}
+    codebook, assignment = _fit(frames, size, config.clustering, start, gpus)
+    header = {"layer": layer, "size": size, "fitted_on": sorted({*frames.header["fitted_on"], *fitted.ids})}
+    statistics = _statistics(assignment, size)
     _save_centroids(codebook, centroids, {**header, "statistics": statistics})
     log.info("layer %d, %d centroids: %s", layer, size, statistics)
-    ends = np.cumsum([len(clips[utterance]) for utterance in fitted.ids])
-    per_clip = dict(zip(fitted.ids, np.split(labels, ends[:-1]), strict=True))
-    rows = {"id": split.ids, "labels": [per_clip[utterance] for utterance in split.ids]}
-    PSEUDO_LABELS.write(pseudo_labels, pa.table(rows, schema=PSEUDO_LABELS.schema), **header)
+    labels = frames.per_clip(assignment.labels)
+    with PSEUDO_LABELS.writer(pseudo_labels, **header) as append:
+        for first in range(0, len(split.ids), _CLIPS_AT_ONCE):
+            ids = split.ids[first : first + _CLIPS_AT_ONCE]
+            rows = {"id": ids, "labels": [labels[utterance] for utterance in ids]}
+            append(pa.RecordBatch.from_pydict(rows, schema=PSEUDO_LABELS.schema))
 
 
-def _ids(layer_features: Path) -> list[str]:
-    ids: list[str] = LAYER_FEATURES.read(layer_features, columns=["id"])[0]["id"].to_pylist()
-    return ids
+class _Frames:
+    """Frames of the wanted clips of a LAYER_FEATURES file, in its order, read from the file at every iteration."""
+
+    def __init__(self, path: Path, wanted: list[str]) -> None:
+        table, self.header = LAYER_FEATURES.read(path, columns=["id", "n_frames"])
+        self.ids: list[str] = table["id"].to_pylist()
+        known = set(wanted)
+        lengths = zip(self.ids, table["n_frames"].to_pylist(), strict=True)
+        self.lengths = {utterance: length for utterance, length in lengths if utterance in known}
+        self.count = sum(self.lengths.values())
+        self._path, self._wanted = path, wanted
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for clips in stream_features(LAYER_FEATURES, self._path, self._wanted):
+            yield from clips.values()
+
+    def per_clip(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Values of all frames, cut into clips."""
+        return dict(zip(self.lengths, np.split(values, np.cumsum([*self.lengths.values()])[:-1]), strict=True))
 
 
 def _check_amount(n_frames: int, size: int, source: Path) -> None:
@@ -86,47 +110,39 @@ def _check_amount(n_frames: int, size: int, source: Path) -> None:
         )
 
 
-def _fit(frames: np.ndarray, size: int, settings: ClusteringConfig, seed: int, gpus: int) -> np.ndarray:
-    """Centroids, (size, dimensions), from every frame: FAISS's default would subsample to 256 per centroid."""
-    if settings.algorithm == "mini_batch":
-        from sklearn.cluster import MiniBatchKMeans
+def _fit(frames: _Frames, size: int, settings: ClusteringConfig, seed: int, gpus: int) -> tuple[np.ndarray, Assignment]:
+    """Centroids, (size, dimensions), from every frame, and the labels of the frames."""
+    random = np.random.default_rng(seed)
+    limit = _MEMORY // (4 * frames.header["dimensions"])
+    source: Iterable[np.ndarray] = frames
+    if frames.count <= limit:
+        source = [kmeans.sample(frames, frames.count, frames.count, random)]
+    if settings.algorithm == "lloyd":
+        initial = kmeans.initial_centroids(source, frames.count, size, random)
+        return kmeans.lloyd(source, initial, settings.iterations, gpus)
+    from sklearn.cluster import MiniBatchKMeans
 
-        model = MiniBatchKMeans(
-            size, batch_size=10_000, max_iter=settings.iterations, n_init=1, random_state=seed % 2**32
-        )
-        fitted: np.ndarray = model.fit(frames).cluster_centers_.astype(np.float32)
-        return fitted
-    kmeans = faiss.Kmeans(
-        frames.shape[1],
-        size,
-        niter=settings.iterations,
-        seed=seed % 2**31,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(frames),
-        gpu=gpus > 0,
-    )
-    kmeans.train(frames)
-    return np.asarray(kmeans.centroids)
+    if frames.count > limit:
+        log.warning("scikit-learn needs its frames in memory: %d of %d are drawn at random.", limit, frames.count)
+    drawn = source[0] if isinstance(source, list) else kmeans.sample(frames, frames.count, limit, random)
+    model = MiniBatchKMeans(size, batch_size=10_000, max_iter=settings.iterations, n_init=1, random_state=seed % 2**32)
+    codebook = model.fit(drawn).cluster_centers_.astype(np.float32)
+    return codebook, kmeans.assign(source, codebook, gpus)
 
 
-def _assign(codebook: np.ndarray, frames: np.ndarray, gpus: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Nearest centroid of each frame, and how the codebook is used."""
-    index: faiss.Index = faiss.IndexFlatL2(codebook.shape[1])
-    if gpus:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    index.add(np.ascontiguousarray(codebook))
-    distances, nearest = index.search(frames, 1)
-    occupancy = np.bincount(nearest[:, 0], minlength=len(codebook))
-    shares = occupancy[occupancy > 0] / len(frames)
-    statistics = {
-        "inertia_per_frame": float(distances.mean(dtype=np.float64)),
-        "frames_per_centroid": len(frames) / len(codebook),
+def _statistics(assignment: Assignment, size: int) -> dict[str, float]:
+    """How the codebook is used."""
+    n_frames = len(assignment.labels)
+    occupancy = np.bincount(assignment.labels, minlength=size)
+    shares = occupancy[occupancy > 0] / n_frames
+    return {
+        "inertia_per_frame": assignment.inertia / n_frames,
+        "frames_per_centroid": n_frames / size,
         "empty_clusters": int((occupancy == 0).sum()),
         "smallest_cluster": int(occupancy.min()),
         "largest_cluster": int(occupancy.max()),
         "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
     }
-    return nearest[:, 0].astype(np.uint16), statistics
 
 
 def _save_centroids(codebook: np.ndarray, path: Path, metadata: dict[str, Any]) -> None:

@@ -19,9 +19,6 @@ from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_rows
 
-_CLIPS_AT_ONCE = 256
-"""Bounds the memory: features of that many clips, of every layer, wait for being written."""
-
 
 def layer_features(
     *,
@@ -36,7 +33,8 @@ def layer_features(
 ) -> None:
     """Write one LAYER_FEATURES file per layer, all from one pass; held-out clips are not opened.
 
-    The reading `clustering.fit_on: all` adds them, for k-means only.
+    The reading `clustering.fit_on: all` adds them, for k-means only. In memory are all layers of the clips of one row
+    group of the local features.
     """
     device = devices.resolve(gpus)
     model, metadata = encoders.load(encoder)
@@ -45,16 +43,14 @@ def layer_features(
     split.refuse_leaks(metadata["fitted_on"], encoder)
     if config.clustering.fit_on == "all":
         split = everything(utterances)
-    clips = Clips.read(local_features, split, encoder=metadata["encoder"])
     with ExitStack() as stack:
         append: dict[int, Callable[[pa.RecordBatch], None]] = {}
         for layer, path in zip(layers, outputs, strict=True):
             header = {"dimensions": model.architecture.hidden_size, "layer": layer, "fitted_on": metadata["fitted_on"]}
             append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header))
-        for first in range(0, len(clips.ids), _CLIPS_AT_ONCE):
-            chunk = Clips(clips.ids[first : first + _CLIPS_AT_ONCE], clips.local[first : first + _CLIPS_AT_ONCE])
-            for layer, frames in _hidden_states(model, chunk, layers, config, device).items():
-                append[layer](feature_rows(chunk.ids, frames))
+        for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
+            for layer, frames in _hidden_states(model, clips, layers, config, device).items():
+                append[layer](feature_rows(clips.ids, frames))
 
 
 @torch.inference_mode()

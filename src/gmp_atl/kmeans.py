@@ -1,0 +1,172 @@
+"""k-means over more frames than memory holds: exact Lloyd, each pass reading the frames block by block.
+
+Frames come as an iterable of arrays, (any number, dimensions), that is iterated anew at every pass: a list of one
+array, or a reader of a file. They are cut into blocks of a fixed number of frames, so that the result depends on the
+frames and their order alone, not on how they are divided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from scipy import sparse
+
+_BLOCK = 32_768
+"""Frames that are searched at once: 100 MB at 768 dimensions in float32."""
+_SEEDING = 16_384
+"""Frames, at most, among which initial centroids are chosen: their distances to each other take 1 GiB."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The nearest centroid of each frame."""
+
+    labels: np.ndarray
+    """(frames,), uint16."""
+    inertia: float
+    """Sum of the squared distances."""
+
+
+def lloyd(
+    frames: Iterable[np.ndarray], initial: np.ndarray, iterations: int, gpus: int = 0
+) -> tuple[np.ndarray, Assignment]:
+    """Lloyd's algorithm from `initial`, (size, dimensions), over every frame.
+
+    It ends after `iterations` updates of the centroids, or when an update has moved no frame to another centroid.
+    Either way the last assignment is that to the centroids returned, so that no further pass is needed for labels.
+    An empty cluster takes half of the largest one: both continue from its centroid, moved apart by a thousandth, as
+    in FAISS, which chooses the cluster at random.
+
+    With the same number of threads equal inputs give equal bytes on the CPU; with another, a matrix product may
+    round differently, and a frame between two centroids fall to the other.
+
+    Returns:
+        Centroids, float32, (size, dimensions), and the assignment of the frames in their order.
+    """
+    search = _Search(initial.shape[1], gpus)
+    centroids, before = np.ascontiguousarray(initial, dtype=np.float32), None
+    for _ in range(iterations):
+        assignment, sums = _pass(frames, search, centroids)
+        if before is not None and np.array_equal(before, assignment.labels):
+            return centroids, assignment
+        before = assignment.labels
+        centroids = _means(sums, np.bincount(before, minlength=len(centroids)))
+    return centroids, _pass(frames, search, centroids)[0]
+
+
+def assign(frames: Iterable[np.ndarray], centroids: np.ndarray, gpus: int = 0) -> Assignment:
+    """Each frame's nearest centroid, in one pass."""
+    return lloyd(frames, centroids, iterations=0, gpus=gpus)[1]
+
+
+def initial_centroids(
+    frames: Iterable[np.ndarray], n_frames: int, size: int, random: np.random.Generator
+) -> np.ndarray:
+    """Greedy k-means++ (Arthur and Vassilvitskii 2007) on a random sample of the frames: 16 a centroid, 16,384 at most.
+
+    The best of 2 + ln(size) draws becomes the next centroid, as in scikit-learn. A codebook with fewer than four
+    frames of the sample for each centroid starts from random frames, as in FAISS.
+    """
+    if 4 * size > _SEEDING:
+        return sample(frames, n_frames, size, random)
+    chosen_from = sample(frames, n_frames, min(max(16 * size, _SEEDING // 4), _SEEDING), random)
+    norms = np.einsum("ij,ij->i", chosen_from, chosen_from)
+    distances = chosen_from @ chosen_from.T
+    distances *= -2
+    distances += norms
+    distances += norms[:, None]
+    np.maximum(distances, 0, out=distances)
+    chosen = [int(random.integers(len(chosen_from)))]
+    closest = distances[chosen[0]]
+    for _ in range(size - 1):
+        cumulated = np.cumsum(closest, dtype=np.float64)
+        draws = np.searchsorted(cumulated, random.random(2 + int(math.log(size))) * cumulated[-1])
+        candidates = np.minimum(draws, len(closest) - 1)
+        closer = np.minimum(closest, distances[candidates])
+        best = int(closer.sum(axis=1).argmin())
+        chosen.append(int(candidates[best]))
+        closest = closer[best]
+    return chosen_from[chosen]
+
+
+def sample(frames: Iterable[np.ndarray], n_frames: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """`size` different frames, or all if there are fewer, in their order: float32, (size, dimensions)."""
+    chosen = np.arange(n_frames)
+    if size < n_frames:
+        chosen = np.sort(random.choice(n_frames, size, replace=False, shuffle=False))
+    found, first = np.empty((0, 0), np.float32), 0
+    for chunk in frames:
+        if not first:
+            found = np.empty((len(chosen), chunk.shape[1]), np.float32)
+        here = slice(*np.searchsorted(chosen, (first, first + len(chunk))))
+        found[here] = chunk[chosen[here] - first]
+        first += len(chunk)
+    return found
+
+
+class _Search:
+    """FAISS's exhaustive search for the nearest of some centroids, on the CPU or on a GPU."""
+
+    def __init__(self, dimensions: int, gpus: int) -> None:
+        self._index: faiss.Index = faiss.IndexFlatL2(dimensions)
+        if gpus:
+            self._resources = faiss.StandardGpuResources()  # the index does not keep it alive
+            self._index = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
+
+    def prepare(self, centroids: np.ndarray) -> None:
+        self._index.reset()
+        self._index.add(centroids)
+
+    def nearest(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Squared distance and number of the nearest centroid, (frames,) each."""
+        distances, labels = self._index.search(block, 1)
+        return distances[:, 0], labels[:, 0]
+
+
+def _pass(frames: Iterable[np.ndarray], search: _Search, centroids: np.ndarray) -> tuple[Assignment, np.ndarray]:
+    """Assign every frame, and add up those of each centroid: (size, dimensions) in float64."""
+    search.prepare(centroids)
+    sums, inertia, labels = np.zeros(centroids.shape), 0.0, []
+    for block in _blocks(frames, centroids.shape[1]):
+        distances, nearest = search.nearest(block)
+        inertia += distances.sum(dtype=np.float64)
+        labels.append(nearest.astype(np.uint16))
+        # One column per frame with a one in the row of its centroid: 25 times as fast as np.add.reduceat.
+        one_hot = (np.ones(len(block), np.float32), nearest, np.arange(len(block) + 1))
+        sums += sparse.csc_array(one_hot, shape=(len(centroids), len(block))) @ block
+    return Assignment(np.concatenate(labels), float(inertia)), sums
+
+
+def _blocks(frames: Iterable[np.ndarray], dimensions: int) -> Iterator[np.ndarray]:
+    """The frames in float32, `_BLOCK` at a time; a block is overwritten by the next."""
+    block, filled = np.empty((_BLOCK, dimensions), np.float32), 0
+    for chunk in frames:
+        while len(chunk):
+            if not filled and len(chunk) >= _BLOCK and chunk.dtype == np.float32:
+                yield chunk[:_BLOCK]  # without a copy
+                chunk = chunk[_BLOCK:]
+                continue
+            part, chunk = np.split(chunk, [_BLOCK - filled])
+            block[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == _BLOCK:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Centroids of the clusters, an empty one taking half of the largest."""
+    centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    left, apart = counts.copy(), 1 + np.resize([1, -1], sums.shape[1]).astype(np.float32) / 1024
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(left.argmax())
+        centroids[empty], centroids[largest] = centroids[largest] * apart, centroids[largest] * (2 - apart)
+        left[empty] = left[largest] // 2
+        left[largest] -= left[empty]
+    return centroids
