@@ -25,7 +25,7 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test test-slurm lint format lock envs reference clean
+.PHONY: help setup opensmile demo archive tables test test-slurm test-conda lint format lock envs reference clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -88,6 +88,13 @@ test: setup  ## run the tests
 test-slurm: setup  ## run the SLURM tests; as root, and on Debian: they install and start SLURM
 	@python -m pytest testbeds/slurm
 
+test-conda: opensmile .venv/.conda  ## test the rules' Conda environments; 13 GB, kept in .testbeds
+	@python -m pytest testbeds/conda
+
+.venv/.conda: requirements/conda.lock $(INSTALLED)
+	@$(PIP) install --quiet --no-deps --require-hashes -r requirements/conda.lock
+	@touch $@
+
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .
 	ruff check .
@@ -105,11 +112,12 @@ lock: $(UV)  ## resolve requirements/*.lock from pyproject.toml
 	$(COMPILE) pyproject.toml --group dev --output-file requirements/main.lock
 	$(COMPILE) --group opensmile --constraints requirements/main.lock --output-file requirements/opensmile.lock \
 		$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package \1/p' requirements/main.lock)
+	$(COMPILE) --group conda --output-file requirements/conda.lock
 
 $(UV): | .venv/bin/python
 	$(PIP) install --quiet --target .venv/uv-$(UV_VERSION) uv==$(UV_VERSION)
 
-envs: opensmile  ## write envs/*.yaml from the locks
+envs: opensmile  ## write envs/*.yaml and requirements/tables.lock from the locks
 	python tools/envs.py
 
 reference: setup  ## write docs/config.md and the config's schema from the typed config

@@ -17,7 +17,25 @@ import pandas as pd
 import pytest
 import yaml
 
+from gmp_atl import provenance
+from gmp_atl.stages.archive import restore
+from gmp_atl.stages.tables import tables
+
 ROOT = Path(__file__).parents[1]
+JOBS = {
+    "synthesis": 1,
+    "corpus": 1,
+    "pretrained": 1,
+    "local_features": 1,
+    "multitask": 2,
+    "layer_features": 2,
+    "clustering": 8,
+    "cluster_statistics": 2,
+    "retraining": 4,
+    "finetuning": 10,
+    "evaluation": 10,
+}
+"""Of TINY, below, tables and figures aside."""
 TINY: dict[str, Any] = {
     "name": "tiny",
     "seeds": [1],
@@ -264,6 +282,33 @@ def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: 
         assert {path.name: path.read_bytes() for path in (again / kind).iterdir()} == {
             path.name: path.read_bytes() for path in (made / kind).iterdir()
         }
+
+
+def test_the_record_of_every_job_leads_back_to_the_corpus(finished: Path) -> None:
+    records = provenance.read(finished / "results/tiny/evaluations/provenance")
+    assert Counter(record.stage for record in records) == JOBS
+    results = sorted((finished / "results/tiny/evaluations/main").rglob("predictions.parquet"))
+    found = provenance.lineage(records, results)
+    assert (found.without_record, found.broken) == ((), ())
+    assert {record.stage for record in found.records} == {*JOBS} - {"synthesis", "cluster_statistics"}
+    assert not re.search("MIXED|UNRECORDED|OTHER SETTINGS", (finished / "results/tiny/tables/table3.md").read_text())
+
+
+def test_an_archive_gives_the_tables_of_the_run(finished: Path, tmp_path: Path) -> None:
+    made = tmp_path / "results/tiny"
+    shutil.copytree(finished / "results/tiny/evaluations", made / "evaluations")
+    run = snakemake(tmp_path, "--cores", "2", "results/tiny/tiny.zip", config=TINY)
+    assert run.returncode == 0, run.stdout + run.stderr
+    config = restore(made / "tiny.zip", tmp_path / "restored")
+    tables(config=config, evaluations=tmp_path / "restored/evaluations", output=tmp_path / "restored/tables")
+    expected = {path.name: path.read_bytes() for path in (finished / "results/tiny/tables").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "restored/tables").iterdir()} == expected
+    histories = (tmp_path / "restored/evaluations/histories").rglob("*.parquet")
+    assert Counter(path.relative_to(tmp_path / "restored/evaluations/histories").parts[0] for path in histories) == {
+        "multitask": 2,
+        "retraining": 4,
+        "finetuning": 10,
+    }
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_tables(finished: Path, tmp_path: Path) -> None:
