@@ -172,6 +172,15 @@ def test_other_readings_are_possible_and_different(number: int) -> None:
     assert settings_in(other) or other.strip() == "any"
 
 
+def test_every_other_reading_is_an_ablation_of_the_preset() -> None:
+    preset = yaml.safe_load((ROOT / "presets" / "ablations.yaml").read_text(encoding="utf-8"))
+    other = [nested(*pair) for _, cell in readings().values() for pair in settings_in(cell) if pair[0] != "seeds"]
+    ablations = list(preset["ablations"].values())
+    assert all(change in ablations for change in other)
+    assert all(change in other for change in ablations)
+    config.parse(merged(PAPER, preset))
+
+
 @pages(of="`")
 def test_every_key_that_is_named_exists(page: Path) -> None:
     sections = {path.rpartition(".")[0] for path in KEYS}

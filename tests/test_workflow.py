@@ -143,6 +143,22 @@ def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds
     )
 
 
+@pytest.mark.parametrize(("column", "preset"), [(0, None), (1, "ablations")])
+def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, preset: str | None) -> None:
+    config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"## Jobs\n(.*?)\n## ", page, re.DOTALL)
+    told = Counter(
+        {
+            rule: int(counts.split("|")[column])
+            for rule, counts in re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.MULTILINE)
+        }
+    )
+    assert plan(corpora, config=config) == told
+    [total] = re.findall(r"^\| all \|(.*)\|$", table, re.MULTILINE)
+    assert int(total.split("|")[column]) == told.total()
+
+
 def test_missing_iemocap_stops_at_once_and_says_what_to_do(tmp_path: Path) -> None:
     run = snakemake(tmp_path)
     output = run.stdout + run.stderr
