@@ -1,6 +1,7 @@
 # What the rules share: the validated config, slices of it, and the paths that wildcards alone cannot say.
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
@@ -40,20 +41,30 @@ wildcard_constraints:
     loss="ce|ams",
 
 
+# Thousands of jobs ask the same of a few variants.
+@cache
+def variant(name):
+    return typed.variant(CONFIG, name)
+
+
+@cache
+def shared(stage, name):
+    return typed.shared_variant(CONFIG, stage, name)
+
+
 def settings(stage):
     """The config slice of a stage under the variant of the job, as JSON: what Snakemake tracks."""
 
-    def of_job(wildcards):
-        variant = typed.variant(CONFIG, wildcards.get("variant", "main"))
-        return json.dumps(typed.slice_for(variant, stage), sort_keys=True)
+    @cache
+    def of_variant(name):
+        return json.dumps(typed.slice_for(variant(name), stage), sort_keys=True)
 
-    return of_job
+    return lambda wildcards: of_variant(wildcards.get("variant", "main"))
 
 
 def made_by(stage, pattern, wildcards, **others):
     """`pattern` for this job, under the variant that makes it: variants share what their changes do not reach."""
-    shared = typed.shared_variant(CONFIG, stage, wildcards.variant)
-    return pattern.format(**{**wildcards, **others, "variant": shared})
+    return pattern.format(**{**wildcards, **others, "variant": shared(stage, wildcards.variant)})
 
 
 CORPUS_ROOT = f"results/{CONFIG.name}/release" if CONFIG.corpus.reader == "synthetic" else str(CONFIG.corpus.root)
@@ -85,7 +96,7 @@ def codebooks(output, layers):
     """One file per layer and codebook, of all codebooks that the job's variant has."""
 
     def of_job(wildcards):
-        sizes = typed.variant(CONFIG, wildcards.variant).clustering.sizes
+        sizes = variant(wildcards.variant).clustering.sizes
         return [
             made_by("clustering", output, wildcards, layer=layer, size=size)
             for layer in layers(wildcards)
@@ -102,7 +113,7 @@ def layers_of(wildcards):
 
 def start_of_retraining(wildcards):
     """The reading retraining.start: the pre-trained HuBERT, or that of stage 1."""
-    if typed.variant(CONFIG, wildcards.variant).retraining.start == "pretrained":
+    if variant(wildcards.variant).retraining.start == "pretrained":
         return rules.pretrained.output.encoder
     return encoder_of_stage_1(wildcards)
 
@@ -116,7 +127,7 @@ def start_of_finetuning(wildcards):
 
 def head_of_stage_1(wildcards):
     """Only for the reading finetuning.head: multitask."""
-    if typed.variant(CONFIG, wildcards.variant).finetuning.head == "fresh":
+    if variant(wildcards.variant).finetuning.head == "fresh":
         return []
     return made_by("multitask", rules.multitask.output.head, wildcards)
 
@@ -131,7 +142,7 @@ def evaluated():
         systems |= {("main", gmps, loss) for gmps in ("none", layer) for loss in ("ce", "ams")}
     if 4 in numbers:
         systems |= {("main", gmps, "ams") for gmps in CONFIG.tables.layers}
-    systems |= {(typed.shared_variant(CONFIG, "evaluation", name), layer, "ams") for name in CONFIG.ablations}
+    systems |= {(shared("evaluation", name), layer, "ams") for name in CONFIG.ablations}
     files = [
         path
         for variant, gmps, loss in sorted(systems, key=str)
@@ -142,6 +153,6 @@ def evaluated():
     if 2 in numbers and CONFIG.tables.baseline == "egemaps":
         files += expand(rules.baseline.output.predictions, fold=FOLDS)
     if GMPS:
-        variants = {typed.shared_variant(CONFIG, "clustering", name) for name in ("main", *CONFIG.ablations)}
+        variants = {shared("clustering", name) for name in ("main", *CONFIG.ablations)}
         files += expand(rules.cluster_statistics.output.statistics, variant=sorted(variants), fold=FOLDS, seed=SEEDS)
     return files

@@ -57,7 +57,7 @@ rule evaluation:
         runtime=30,
     params:
         config=settings("evaluation"),
-        fit_on=lambda wildcards: typed.variant(CONFIG, wildcards.variant).clustering.fit_on,
+        fit_on=lambda wildcards: variant(wildcards.variant).clustering.fit_on,
         model=subpath(input.encoder, parent=True),
         code=code_hash("evaluation"),
     shell:
