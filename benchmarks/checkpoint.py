@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py [FOLDER]
 
 FOLDER (default: the working directory) should be on the disk that results go to. The state is that of a run, made
-without one: random weights, and Adam's after a step on zero gradients. Both ways end on the disk (fsync).
+without one: random weights, and Adam's as it begins. Both ways end on the disk (fsync).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UPDATES = 1000
 
 
 def trainer(checkpoint: Path) -> Trainer:
-    """A training of HuBERT base after its first update; there are no clips, and no further update is possible."""
+    """A training of HuBERT base before its first update; there are no clips to make one with."""
     torch.manual_seed(0)
     made = Trainer(
         Encoder(BASE),
@@ -53,10 +53,6 @@ def trainer(checkpoint: Path) -> Trainer:
         fingerprint="benchmark",
         updates=UPDATES,
     )
-    for parameter in made.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    made.optimiser.step()
-    made.optimiser.zero_grad()
     made.progress.history = [(update, "loss", 0.0) for update in range(UPDATES)]
     return made
 
@@ -79,7 +75,7 @@ def main(folder: Path) -> None:
     def torch_save() -> None:
         state = {
             "model": training.model.state_dict(),
-            "optimiser": training.optimiser.state_dict(),
+            "moments": {name: vars(each) for name, each in training.moments.items()},
             "history": training.progress.history,
         }
         with theirs.open("wb") as stream:
@@ -90,7 +86,9 @@ def main(folder: Path) -> None:
     def torch_load() -> None:
         state = torch.load(theirs, weights_only=True)
         training.model.load_state_dict(state["model"])
-        training.optimiser.load_state_dict(state["optimiser"])
+        for name, moments in state["moments"].items():
+            for slot, tensor in moments.items():
+                getattr(training.moments[name], slot).copy_(tensor)
 
     written, peer_written = seconds(training._save), seconds(torch_save)
     resumed, peer_resumed = seconds(training._resume), seconds(torch_load)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from gmp_atl import devices
 from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
@@ -66,6 +67,20 @@ class Progress:
     history: list[tuple[int, str, float]] = field(default_factory=list)
     best_score: float = -math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Moments:
+    """Adam's state of one parameter."""
+
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Moments:
+        """Before the first update."""
+        return cls(torch.zeros((), device=parameter.device), torch.zeros_like(parameter), torch.zeros_like(parameter))
 
 
 def regularisation(config: OptimisationConfig) -> Regularisation:
@@ -116,7 +131,7 @@ class Trainer:
         self.updates_per_epoch = math.ceil(len(clips.ids) / config.batch_size)
         self.updates = updates if updates is not None else (epochs or 0) * self.updates_per_epoch
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate, fused=True)
+        self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
         self.progress = Progress()
         self._order: tuple[int, list[list[int]]] = (-1, [])
 
@@ -168,9 +183,8 @@ class Trainer:
             self.clips, self._indices(update), self.config.max_clip_seconds, self.key.generator("crop", update)
         )
         rate = learning_rate(self.config, update, self.updates)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         parts: list[Terms] = []
         for members in within_budget(crops, self.compute.batch_seconds):
             batch = collate(self.clips, members, self.device)
@@ -183,11 +197,33 @@ class Trainer:
         torch._foreach_mul_(gradients, 1 / count)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         self._record(parts, count, norm, rate, crops=[self.clips.ids[crop.index] for crop in crops])
-        self.optimiser.step()
+        self._step(rate)
         self.progress.update += 1
         if self.validate and self.progress.update % self.updates_per_epoch == 0:
             self._keep_best(self.validate)
         return sum(crop.length for crop in crops) * FRAME_SECONDS
+
+    @torch.no_grad()
+    def _step(self, rate: float) -> None:
+        """Adam. The class torch.optim.Adam imports the compiler of torch, which takes longer than torch itself."""
+        moved = {name: parameter for name, parameter in self.parameters.items() if parameter.grad is not None}
+        moments = [self.moments[name] for name in moved]
+        adam(
+            list(moved.values()),
+            [parameter.grad for parameter in moved.values() if parameter.grad is not None],
+            [each.exp_avg for each in moments],
+            [each.exp_avg_sq for each in moments],
+            [],
+            [each.step for each in moments],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def _indices(self, update: int) -> list[int]:
         epoch, position = divmod(update, self.updates_per_epoch)
@@ -244,9 +280,9 @@ class Trainer:
         tensors = {f"model.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in progress.best_weights.items()}
         tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-        for name, parameter in self.parameters.items():
-            for slot, tensor in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"adam.{slot}.{name}"] = tensor.detach().cpu()
+        for name in self.parameters:
+            for slot, tensor in vars(self.moments[name]).items():
+                tensors[f"adam.{slot}.{name}"] = tensor.cpu()
         best = progress.best_score if progress.best_weights else None
         save_tensors(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -275,11 +311,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-                slots = {slot: tensors.get(f"adam.{slot}.{name}") for slot in ("step", "exp_avg", "exp_avg_sq")}
-                if slots["step"] is not None:
-                    self.optimiser.state[parameter] = {
-                        slot: tensor.to(self.device) for slot, tensor in slots.items() if tensor is not None
-                    }
+                for slot, tensor in vars(self.moments[name]).items():
+                    tensor.copy_(tensors[f"adam.{slot}.{name}"])
         self.progress = Progress(
             metadata["update"],
             [(int(update), metadata["names"][int(name)], value) for update, name, value in tensors["history"].tolist()],
