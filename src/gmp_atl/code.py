@@ -22,13 +22,18 @@ def code_hash(stage: str) -> str:
         frontier = {imported for module in frontier for imported in _imports(module)} - modules
     digest = hashlib.sha256()
     for module in sorted(modules):
-        digest.update(f"{module.relative_to(_PACKAGE)}\n{ast.dump(_tree(module))}\n".encode())
+        digest.update(f"{module.relative_to(_PACKAGE)}\n{_dump(module)}\n".encode())
     return digest.hexdigest()[:12]
 
 
 @cache
 def _tree(module: Path) -> ast.Module:
     return ast.parse(module.read_text(encoding="utf-8"))
+
+
+@cache
+def _dump(module: Path) -> str:
+    return ast.dump(_tree(module))
 
 
 @cache
@@ -44,6 +49,7 @@ def _imports(module: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
+@cache
 def _file(name: str) -> Path | None:
     parts = name.split(".")
     if parts[0] != "gmp_atl":
