@@ -9,8 +9,8 @@ rule finetuning:
         config="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/config.json",
         encoder="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/model.safetensors",
         head="<results>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}/head.safetensors",
-        provenance="<provenance>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.json",
         history="<histories>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.parquet",
+        provenance="<provenance>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/finetuning/{variant}/gmps{gmps}/{loss}/fold{fold}/seed{seed}.log",
     benchmark:

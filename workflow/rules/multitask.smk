@@ -8,8 +8,8 @@ rule multitask:
         config="<results>/multitask/{variant}/fold{fold}/seed{seed}/config.json",
         encoder="<results>/multitask/{variant}/fold{fold}/seed{seed}/model.safetensors",
         head="<results>/multitask/{variant}/fold{fold}/seed{seed}/head.safetensors",
-        provenance="<provenance>/multitask/{variant}/fold{fold}/seed{seed}.json",
         history="<histories>/multitask/{variant}/fold{fold}/seed{seed}.parquet",
+        provenance="<provenance>/multitask/{variant}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/multitask/{variant}/fold{fold}/seed{seed}.log",
     benchmark:

@@ -8,8 +8,8 @@ rule retraining:
     output:
         config="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/config.json",
         encoder="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/model.safetensors",
-        provenance="<provenance>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.json",
         history="<histories>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.parquet",
+        provenance="<provenance>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.json",
     log:
         "<logs>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}.log",
     benchmark:
