@@ -353,9 +353,9 @@ class Stopped:
             time.sleep(0.02)
         return process
 
-    def stop(self, number: signal.Signals, *arguments: str) -> None:
+    def stop(self, number: signal.Signals) -> None:
         """Start, and send a signal to Snakemake and its jobs, as Ctrl-C does."""
-        process = self.start(*arguments)
+        process = self.start()
         os.killpg(process.pid, number)
         said, _ = process.communicate()
         assert process.returncode != 0, said

@@ -71,11 +71,14 @@ class Progress:
 
 @dataclass
 class Moments:
-    """Adam's state of one parameter."""
+    """Adam's state of one parameter (Kingma and Ba 2015, Algorithm 1)."""
 
     step: Tensor
+    """Updates so far, ()."""
     exp_avg: Tensor
+    """Running mean of the gradient, in the parameter's shape."""
     exp_avg_sq: Tensor
+    """Running mean of its square."""
 
     @classmethod
     def of(cls, parameter: Tensor) -> Moments:
@@ -205,12 +208,12 @@ class Trainer:
 
     @torch.no_grad()
     def _step(self, rate: float) -> None:
-        """Adam. The class torch.optim.Adam imports the compiler of torch, which takes longer than torch itself."""
-        moved = {name: parameter for name, parameter in self.parameters.items() if parameter.grad is not None}
-        moments = [self.moments[name] for name in moved]
+        """Adam. Its class, torch.optim.Adam, would import torch's compiler, which every short job would wait for."""
+        with_gradient = [(p, p.grad, self.moments[name]) for name, p in self.parameters.items() if p.grad is not None]
+        parameters, gradients, moments = map(list, zip(*with_gradient, strict=True))
         adam(
-            list(moved.values()),
-            [parameter.grad for parameter in moved.values() if parameter.grad is not None],
+            parameters,
+            gradients,
             [each.exp_avg for each in moments],
             [each.exp_avg_sq for each in moments],
             [],
