@@ -259,14 +259,23 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         width, kernel = architecture.hidden_size, architecture.num_conv_pos_embeddings
         groups = architecture.num_conv_pos_embedding_groups
-        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.padding, self.groups, self.narrow = kernel // 2, groups, width < 16 * groups
+        conv = nn.Conv1d(width, width, kernel, padding=self.padding, groups=groups)
         nn.init.normal_(conv.weight, std=2 * math.sqrt(1 / (kernel * width)))
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.conv = weight_norm(conv, name="weight", dim=2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        n = hidden.shape[1]
-        return F.gelu(self.conv(hidden.transpose(1, 2))[..., :n]).transpose(1, 2)
+        rows = hidden.transpose(1, 2)
+        relative = self._in_single(rows) if self.narrow else self.conv(rows)
+        return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)
+
+    def _in_single(self, rows: Tensor) -> Tensor:
+        """With fewer than 16 channels a group, bfloat16 is not coarse but wrong on CPUs with AMX (torch 2.11)."""
+        weight, bias = self.conv.weight.float(), self.conv.bias.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            exact = F.conv1d(rows.float(), weight, bias, padding=self.padding, groups=self.groups)
+        return exact.to(rows.dtype)
 
 
 class Attention(nn.Module):
