@@ -84,6 +84,7 @@ class Format:
     schema: pa.Schema
     metadata: tuple[str, ...] = ()
     version: int = 1
+    compression: str = "zstd"
 
     @contextmanager
     def writer(self, path: Path, /, **metadata: Any) -> Iterator[Callable[[pa.RecordBatch], None]]:
@@ -91,7 +92,7 @@ class Format:
         self._check_keys(metadata, path)
         header = {"format": self.name, "version": self.version, **metadata}
         schema = self.schema.with_metadata({_KEY: json.dumps(header, sort_keys=True).encode()})
-        with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
+        with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression=self.compression) as file:
             yield lambda rows: file.write_batch(rows.cast(schema), row_group_size=max(1, rows.num_rows))
 
     def write(self, path: Path, rows: pa.Table, /, **metadata: Any) -> None:
@@ -173,11 +174,13 @@ LOCAL_FEATURES = Format(
     "local_features",
     _schema(id=pa.string(), n_frames=pa.int32(), frames=pa.binary()),
     metadata=("dimensions", "encoder"),  # encoder: sha256 of its weights
+    compression="none",  # zstd saves little, and halves the speed of reading (benchmarks/storage.py)
 )
 LAYER_FEATURES = Format(
     "layer_features",
     _schema(id=pa.string(), n_frames=pa.int32(), frames=pa.binary()),
     metadata=("dimensions", "layer", "fitted_on"),  # fitted_on: ids that the encoder has been trained on
+    compression="none",
 )
 PSEUDO_LABELS = Format(
     "pseudo_labels",
