@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import HubertConfig, HubertModel
 from transformers.utils import logging as transformers_logging
 
@@ -104,6 +105,36 @@ def test_every_layer_is_that_of_transformers(reference, encoder, n_samples):
         states = layers_of_encoder(encoder, encoder.local_features(audio))
     for layer, expected in layers_of_transformers(reference.model, audio).items():
         torch.testing.assert_close(states[layer], expected, atol=1e-4, rtol=0, msg=f"layer {layer}")
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 1.0])
+def test_the_first_layers_norm_is_that_of_transformers_at_any_level(reference, encoder, level):
+    """It is folded into the filters, by moments that silence leaves at zero and an offset makes large."""
+    audio = level * sound(5000) + 0.5 * level
+    with torch.inference_mode():
+        expected = reference.model.feature_extractor(audio[None])[0].T
+        torch.testing.assert_close(encoder.local_features(audio), expected, atol=1e-5 * float(expected.max()), rtol=0)
+
+
+def test_in_bfloat16_every_layer_points_where_that_of_transformers_does(reference):
+    audio = sound(48_000)
+    encoder = encoders.load(reference.folder)[0].eval()
+    encoder.feature_extractor.arrange(torch.bfloat16)
+    with torch.inference_mode():
+        local = encoder.local_features(audio).half()
+        states = layers_of_encoder(encoder.to(torch.bfloat16), local)
+    for layer, expected in layers_of_transformers(reference.model, audio).items():
+        assert states[layer].dtype is torch.bfloat16
+        # Base itself is closer (docs/speed.md): here, few channels share a rounding.
+        assert F.cosine_similarity(states[layer].float(), expected, dim=-1).min() > 0.998, f"layer {layer}"
+
+
+def test_filters_laid_out_anew_are_the_same_filters(reference, encoder):
+    audio, arranged = sound(20_000), encoders.load(reference.folder)[0].eval()
+    arranged.feature_extractor.arrange(torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(arranged.local_features(audio), encoder.local_features(audio))
+    assert arranged.state_dict().keys() == encoder.state_dict().keys()
 
 
 def test_storing_local_features_in_half_precision_moves_no_layer_beyond_the_stated_tolerance(reference, encoder):

@@ -151,8 +151,8 @@ def recordings(tmp_path, write_utterances) -> dict[str, Any]:
     return {"utterances": utterances, "audio_root": tmp_path, "output": tmp_path / "local_features.parquet"}
 
 
-def features_of(stages, recordings: dict[str, Any], **settings: Any) -> dict[str, np.ndarray]:
-    config = stages.config("local_features", {f"encoder.{key}": value for key, value in settings.items()})
+def features_of(stages, recordings: dict[str, Any], settings: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    config = stages.config("local_features", settings or {})
     local_features(config=config, encoder=stages.inputs.encoder, **recordings)
     return read_features(LOCAL_FEATURES, recordings["output"], {"r0", "r1", "r2"})[0]
 
@@ -160,6 +160,7 @@ def features_of(stages, recordings: dict[str, Any], **settings: Any) -> dict[str
 @pytest.mark.parametrize("row_group_bytes", [1, 1000, 2**25])
 def test_local_features_are_those_of_each_clip_alone(stages, recordings, tiny_encoder, monkeypatch, row_group_bytes):
     monkeypatch.setattr(local_features_stage, "_ROW_GROUP_BYTES", row_group_bytes)
+    tiny_encoder.feature_extractor.arrange(torch.float32)
     for name, frames in features_of(stages, recordings).items():
         audio, _ = soundfile.read(recordings["audio_root"] / f"{name}.wav", dtype="float32")
         with torch.inference_mode():
@@ -169,14 +170,23 @@ def test_local_features_are_those_of_each_clip_alone(stages, recordings, tiny_en
 
 def test_normalised_audio_has_no_level_and_other_audio_has(stages, recordings, tiny_encoder):
     """The first norm of HuBERT base takes the level out, too, but for its epsilon: so the level is made low."""
-    before = {flag: features_of(stages, recordings, normalise_audio=flag) for flag in (False, True)}
+    before = {flag: features_of(stages, recordings, {"encoder.normalise_audio": flag}) for flag in (False, True)}
     for path in recordings["audio_root"].glob("r*.wav"):
         samples, rate = soundfile.read(path)
         soundfile.write(path, 0.25 + samples / 20, rate, subtype="FLOAT")
-    after = {flag: features_of(stages, recordings, normalise_audio=flag) for flag in (False, True)}
+    after = {flag: features_of(stages, recordings, {"encoder.normalise_audio": flag}) for flag in (False, True)}
     for name in before[True]:
         np.testing.assert_allclose(after[True][name], before[True][name], atol=0.02)
     assert np.abs(after[False]["r2"] - before[False]["r2"]).max() > 0.1
+
+
+def test_local_features_in_bfloat16_are_close(stages, recordings):
+    single, half = (
+        np.concatenate([*features_of(stages, recordings, {"compute.precision": precision}).values()]).astype(np.float64)
+        for precision in ("float32", "bfloat16")
+    )
+    cosines = (single * half).sum(1) / np.linalg.norm(single, axis=1) / np.linalg.norm(half, axis=1)
+    assert 0.998 < cosines.min() < 1
 
 
 def test_a_recording_that_has_changed_since_is_refused(stages, recordings):

@@ -326,9 +326,16 @@ class CorpusSlice(Section):
 
 
 class EncoderSlice(Section):
-    """What preparing the pre-trained encoder and computing local features read."""
+    """What preparing the pre-trained encoder reads."""
 
     encoder: EncoderConfig
+
+
+class LocalFeaturesSlice(Section):
+    """What the local features read."""
+
+    encoder: EncoderConfig
+    compute: ComputeConfig
 
 
 class MultitaskSlice(Section):
@@ -384,7 +391,7 @@ class BaselineSlice(Section):
 SLICES: dict[str, type[Section]] = {
     "corpus": CorpusSlice,
     "pretrained": EncoderSlice,
-    "local_features": EncoderSlice,
+    "local_features": LocalFeaturesSlice,
     "multitask": MultitaskSlice,
     "layer_features": ClusteringSlice,
     "clustering": ClusteringSlice,

@@ -34,6 +34,8 @@ RECEPTIVE_FIELD = 400
 """Samples that one frame sees."""
 HOP = 320
 """Samples between two frames: 50 frames per second."""
+_STRETCH = 64
+"""Frames whose convolutions are computed at once: 4 MB pass from the first to the second in bfloat16."""
 _METADATA = "gmp_atl"
 
 
@@ -126,8 +128,8 @@ class Encoder(nn.Module):
 
     def local_features(self, audio: Tensor) -> Tensor:
         """Output of the convolutions for one unpadded clip: (samples,) at 16 kHz to (frames, conv_dim[-1])."""
-        features: Tensor = self.feature_extractor(audio[None])
-        return features[0].T
+        features: Tensor = self.feature_extractor(audio)
+        return features
 
     def forward(self, local: Tensor, lengths: Tensor, layer: int = -1, mask: Tensor | None = None) -> Tensor:
         """Hidden states of one layer; see `hidden_states`."""
@@ -136,7 +138,7 @@ class Encoder(nn.Module):
     def hidden_states(
         self, local: Tensor, lengths: Tensor, layers: Sequence[int], mask: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Hidden states of several layers in one pass, which ends at the deepest of them.
+        """Hidden states of several layers in one pass, which ends at the deepest of them, in the dtype of the weights.
 
         Args:
             local: local features, (batch, frames, conv_dim[-1]), padded with anything.
@@ -151,7 +153,8 @@ class Encoder(nn.Module):
         # Without padding no attention mask is needed, which lets the fastest attention kernels run.
         attend = None if int(lengths.min()) == local.shape[1] else valid[:, None, None, :]
         regularisation = self.regularisation if self.training else Regularisation()
-        hidden = self.feature_projection(local.masked_fill(~valid[..., None], 0.0))
+        local = local.to(self.masked_spec_embed.dtype).masked_fill(~valid[..., None], 0.0)
+        hidden = self.feature_projection(local)
         hidden = F.dropout(hidden, regularisation.dropout, self.training)
         if mask is not None:
             hidden = torch.where(mask[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
@@ -169,7 +172,14 @@ class Encoder(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Seven convolutions from waveform to 50 frames per second."""
+    """Seven convolutions from waveform to 50 frames per second, each followed by GELU.
+
+    They are computed as matrix products over rows of frames, a stretch of the clip at a time, so that what passes from
+    one to the next stays in the processor's cache (docs/speed.md). For that, base's normalisation over time is folded
+    into the first filters: over the clip, the output of a filter w has mean w·m and variance w·C·w, m and C being mean
+    and covariance of the windows of 10 samples that it sees. Beyond that no frame depends on any outside its receptive
+    field.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -179,11 +189,28 @@ class Convolutions(nn.Module):
             for i in range(len(CONV_KERNELS))
         )
 
+    def arrange(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on, all but the first layer's products, and lay the filters out for that."""
+        for layer in self.conv_layers[1:]:
+            layer.to(dtype=dtype)
+            weight: nn.Parameter = layer.conv.weight  # type: ignore[union-attr,assignment]
+            weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+
     def forward(self, audio: Tensor) -> Tensor:
-        hidden = audio[:, None]
-        for layer in self.conv_layers:
-            hidden = layer(hidden)
-        return hidden
+        """One clip, (samples,), to (frames, channels)."""
+        first: ConvLayer = self.conv_layers[0]  # type: ignore[assignment]
+        dtype: torch.dtype = self.conv_layers[-1].conv.weight.dtype  # type: ignore[union-attr,assignment]
+        kernel, stride = CONV_KERNELS[0], CONV_STRIDES[0]
+        weight, bias = first.filters(audio.unfold(0, kernel, stride))
+        frames, found = n_frames(len(audio)), []
+        for start in range(0, frames, _STRETCH):
+            end = min(start + _STRETCH, frames)
+            samples = audio[start * HOP : (end - 1) * HOP + RECEPTIVE_FIELD]
+            hidden = first.activate(F.linear(samples.unfold(0, kernel, stride), weight, bias).to(dtype))
+            for layer in self.conv_layers[1:]:
+                hidden = layer(hidden)
+            found.append(hidden)
+        return torch.cat(found)
 
 
 class ConvLayer(nn.Module):
@@ -201,11 +228,29 @@ class ConvLayer(nn.Module):
         elif first:
             self.layer_norm = nn.GroupNorm(channels_out, channels_out)
 
+    def filters(self, windows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight, (channels, kernel), and bias of the first layer for one clip, whose windows are (frames, kernel)."""
+        weight = self.conv.weight[:, 0]
+        if self.over_channels:
+            return weight, self.conv.bias
+        norm: nn.GroupNorm = self.layer_norm  # type: ignore[assignment]
+        # A variance as the difference of two sums: in float64, or a quiet clip would lose it. The bias cancels out.
+        w, x = weight.double(), windows.double()
+        mean = x.mean(dim=0)
+        covariance = x.T @ x / len(x) - torch.outer(mean, mean)
+        scale = norm.weight / torch.sqrt(((w @ covariance) * w).sum(dim=1).clamp(min=0) + norm.eps)
+        return (w * scale[:, None]).to(weight), (norm.bias - (w @ mean) * scale).to(weight)
+
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.conv(hidden)
-        hidden = (
-            self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2) if self.over_channels else self.layer_norm(hidden)
-        )
+        """Any layer but the first: (frames, channels) to about half as many frames."""
+        image = hidden.T[None, :, None]  # of height one: torch lays out two-dimensional convolutions by channels only
+        convolved = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, (1, *self.conv.stride))
+        return self.activate(convolved[0, :, 0].T)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """GELU of (frames, channels), after the normalisation of large."""
+        if self.over_channels:
+            hidden = self.layer_norm(hidden)
         return F.gelu(hidden)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from gmp_atl import audio, devices
 from gmp_atl import encoder as encoders
-from gmp_atl.config import EncoderSlice
+from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder, n_frames
 from gmp_atl.errors import UserError
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
@@ -22,7 +22,13 @@ _ROW_GROUP_BYTES = 32 * 2**20
 
 
 def local_features(
-    *, config: EncoderSlice, utterances: Path, audio_root: AudioRoot, encoder: Path, output: Output, gpus: int = 0
+    *,
+    config: LocalFeaturesSlice,
+    utterances: Path,
+    audio_root: AudioRoot,
+    encoder: Path,
+    output: Output,
+    gpus: int = 0,
 ) -> None:
     """Run the frozen convolutions over single, unpadded clips and store float16.
 
@@ -32,6 +38,7 @@ def local_features(
     device = devices.resolve(gpus)
     model, metadata = encoders.load(encoder)
     model = model.to(device).eval()
+    model.feature_extractor.arrange(devices.dtype(config.compute.precision, device))
     table, _ = UTTERANCES.read(utterances)
     width = model.architecture.conv_dim[-1]
     with LOCAL_FEATURES.writer(output, dimensions=width, encoder=metadata["encoder"]) as append:
