@@ -80,9 +80,8 @@ def class_weights(labels: Tensor, classes: list[str], kind: str) -> Tensor:
 def apply(model: Classifier, clips: Clips, task: str, compute: ComputeConfig, device: torch.device) -> Tensor:
     """Logits, or cosines, of whole clips: (clips, classes) in float32, in the order of `clips`."""
     outputs: dict[int, Tensor] = {}
-    for crops in within_budget(whole(clips), compute.batch_seconds):
-        batch = collate(clips, crops, device)
-        with devices.autocast(device, devices.dtype(compute.precision, device)):
-            logits = model(batch)[task].cpu()
-        outputs.update(zip(batch.indices, logits, strict=True))
+    with devices.autocast(device, devices.dtype(compute.precision, device)):  # around all: weights are cast once
+        for crops in within_budget(whole(clips), compute.batch_seconds):
+            batch = collate(clips, crops, device)
+            outputs.update(zip(batch.indices, model(batch)[task].cpu(), strict=True))
     return torch.stack([outputs[index] for index in range(len(clips.ids))])

@@ -53,6 +53,7 @@ def evaluation(
     network = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
     classifier.load_head(network, model)
     clips = Clips.read(local_features, split, encoder=origin["encoder"])
+    network.encoder.to(devices.dtype(config.compute.precision, device))
     outputs = classifier.apply(network.to(device).eval(), clips, "emotion", config.compute, device)
     scores = (outputs * (config.finetuning.scale if loss == "ams" else 1.0)).softmax(1).numpy()
     chosen = scores.argmax(1)

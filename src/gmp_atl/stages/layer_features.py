@@ -38,7 +38,7 @@ def layer_features(
     """
     device = devices.resolve(gpus)
     model, metadata = encoders.load(encoder)
-    model = model.to(device).eval()
+    model = model.to(device, devices.dtype(config.compute.precision, device)).eval()
     split = training_split(utterances, config.folds, fold)
     split.refuse_leaks(metadata["fitted_on"], encoder)
     if config.clustering.fit_on == "all":
@@ -61,9 +61,7 @@ def _hidden_states(
     found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(clips.ids) for layer in layers}
     for crops in within_budget(whole(clips), config.compute.batch_seconds):
         batch = collate(clips, crops, device)
-        with devices.autocast(device, devices.dtype(config.compute.precision, device)):
-            states = model.hidden_states(batch.local, batch.lengths, layers)
-        for layer, hidden in states.items():
+        for layer, hidden in model.hidden_states(batch.local, batch.lengths, layers).items():
             stored = hidden.half().cpu().numpy()
             if not np.isfinite(stored).all():
                 raise UserError(f"Layer {layer} exceeds the range of float16; the encoder has diverged.")
