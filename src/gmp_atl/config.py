@@ -121,7 +121,7 @@ class ComputeConfig(Section):
     threads: Count = 4
     """CPU threads of a job."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the transformer. `auto`: bfloat16 where the hardware multiplies it natively."""
+    """Of the encoder. `auto`: bfloat16 where the hardware multiplies it natively."""
     batch_seconds: Positive = 320.0
     """Audio, padding included, that goes through the transformer at once."""
     checkpoint_minutes: float = Field(10.0, ge=0)
