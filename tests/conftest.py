@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from gmp_atl import config as configs
 from gmp_atl import encoder as encoders
 from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder
-from gmp_atl.formats import HISTORY, LOCAL_FEATURES, UTTERANCES, feature_rows
+from gmp_atl.formats import HISTORY, LAYER_FEATURES, LOCAL_FEATURES, PSEUDO_LABELS, UTTERANCES, feature_rows
 
 torch.set_num_threads(1)
 # The same examples in every run, and no verdict from a clock: a busy machine must not fail a test.
@@ -126,7 +126,9 @@ class Stages:
         self, codebooks: Sequence[Codebook], changes: Mapping[str, Any] | None = None, **others: Any
     ) -> Trained:
         labels = [codebook.pseudo_labels for codebook in codebooks]
-        return self._train("retraining", changes, {"encoder": self.inputs.encoder, "pseudo_labels": labels, **others})
+        defaults = {"encoder": self.inputs.encoder, "pseudo_labels": labels}
+        layer = PSEUDO_LABELS.open(labels[0])[1]["layer"]
+        return self._train("retraining", changes, {**defaults, "layer": layer, **others})
 
     def finetuning(self, changes: Mapping[str, Any] | None = None, **others: Any) -> Trained:
         defaults = {"encoder": self.inputs.encoder, "multitask_head": None, "loss": "ams"}
@@ -152,7 +154,8 @@ class Stages:
         shared = self._shared("clustering", changes)
         del shared["local_features"]
         outputs = {"centroids": made.centroids, "pseudo_labels": made.pseudo_labels}
-        clustering(**{**shared, "layer_features": layer_features, "size": size, **outputs, **others})
+        layer = LAYER_FEATURES.open(layer_features)[1]["layer"]
+        clustering(**{**shared, "layer_features": layer_features, "layer": layer, "size": size, **outputs, **others})
         return made
 
     def evaluation(self, model: Trained, changes: Mapping[str, Any] | None = None, **others: Any) -> Path:

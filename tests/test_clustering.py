@@ -38,7 +38,8 @@ def features(inputs, tmp_path) -> Callable[..., Path]:
             for _ in ids
         ]
         path = tmp_path / f"{frames_per_clip}.parquet"
-        with LAYER_FEATURES.writer(path, dimensions=DIMENSIONS, layer=-3, fitted_on=["S2_male_sad"]) as append:
+        header = {"dimensions": DIMENSIONS, "layer": -3, "encoder": "made", "fitted_on": ["S2_male_sad"]}
+        with LAYER_FEATURES.writer(path, **header) as append:
             append(feature_rows(ids[:3], clips[:3]))
             append(feature_rows(ids[3:], clips[3:]))
         return path
@@ -213,6 +214,7 @@ def mutual_information(stages) -> Callable[..., dict[str, float]]:
             pa.table({"id": ids, "labels": [label(each) for each in ids]}, schema=PSEUDO_LABELS.schema),
             layer=-3,
             size=4,
+            encoder="made",
             fitted_on=ids,
         )
         output = stages.folder / "statistics.parquet"

@@ -149,7 +149,8 @@ def test_clustering_refuses_features_that_were_fitted_on_a_held_out_utterance(st
 
 
 def test_clustering_refuses_features_of_a_held_out_utterance(stages, upstream, tmp_path):
-    with LAYER_FEATURES.writer(tmp_path / "more.parquet", dimensions=32, layer=-3, fitted_on=[]) as append:
+    header = {"dimensions": 32, "layer": -3, "encoder": "made", "fitted_on": []}
+    with LAYER_FEATURES.writer(tmp_path / "more.parquet", **header) as append:
         for batch in LAYER_FEATURES.read(upstream.layer_features)[0].to_batches():
             append(batch)
         append(feature_rows(["S1_male_sad"], [stages.inputs.frames["S1_male_sad"].repeat(2, axis=1)]))

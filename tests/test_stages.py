@@ -190,7 +190,7 @@ def test_local_features_in_bfloat16_are_close(stages, recordings):
 
 
 def test_a_recording_that_has_changed_since_is_refused(stages, recordings):
-    soundfile.write(recordings["audio_root"] / "r1.wav", np.zeros(4999), 16_000)
+    soundfile.write(recordings["audio_root"] / "r1.wav", np.linspace(0, 0.1, 4999), 16_000)
     with pytest.raises(UserError, match=r"r1.wav has 4999 samples at 16 kHz, but had 5000 when"):
         features_of(stages, recordings)
     assert not recordings["output"].exists()

@@ -20,8 +20,20 @@ SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400
 """Receptive field of one HuBERT frame; a shorter clip has no frame."""
 
-_BLOCK = 1 << 20  # frames read at once, whatever the header claims
+MIN_RATE = 4000
+"""Hz; below it there is no speech, and a header that claims 1 Hz would ask for 16000 times the memory."""
+MAX_SECONDS = 3600
+"""Beyond any utterance: a small compressed file can decode to more than a machine holds."""
+FULL_SCALE = 0.99
+"""From here on a sample counts as clipped: 8-bit audio ends at 127/128."""
+
+_BLOCK = 1 << 20  # samples of all channels read at once, whatever the header claims
 _UNKNOWN_LENGTH = 0x7FFFF000  # data sizes from here on are placeholders of programs that wrote to a pipe
+_FORMATS = ("WAV", "WAVEX", "FLAC", "AIFF", "OGG", "MP3")
+"""What is read: libsndfile shortens truncated files of all others without a word."""
+_CHUNKED = {b"RIFF": ("<", b"data"), b"RIFX": (">", b"data"), b"FORM": (">", b"SSND")}
+"""WAV and AIFF: by their first bytes, the byte order and the chunk of samples."""
+_LAST_PAGE = 1 << 16  # bytes; a page of Ogg is smaller
 _MAX_KERNEL = 1 << 24  # elements of the resampling kernel; 44.1 kHz needs 7e4, coprime rates 1e8 and more
 
 
@@ -40,6 +52,8 @@ class AudioInfo:
     n_samples: int
     rate: int
     channels: int
+    clipped: float
+    """Share of the samples at full scale."""
     sha256: str
     """Of the decoded mono float32 samples, whatever the file format."""
 
@@ -48,11 +62,13 @@ def inspect(path: Path) -> AudioInfo:
     """Decode a clip and describe it; `n_samples` is the length of what `load` returns.
 
     Raises:
-        AudioError: not a regular file, unreadable, truncated, empty, not finite, or of an odd rate.
+        AudioError: not a regular file, unreadable, of a format whose truncation cannot be told, truncated, empty,
+            silent throughout, not finite, longer than an hour, or of an odd rate.
     """
     samples, rate, channels = _decode(path)
     digest = hashlib.sha256(samples.astype("<f4", copy=False).data).hexdigest()
-    return AudioInfo(resampled_length(len(samples), rate), rate, channels, digest)
+    clipped = float((np.abs(samples) >= FULL_SCALE).mean())
+    return AudioInfo(resampled_length(len(samples), rate), rate, channels, clipped, digest)
 
 
 def load(path: Path) -> np.ndarray:
@@ -68,45 +84,73 @@ def resampled_length(n_samples: int, rate: int) -> int:
 
 def _decode(path: Path) -> tuple[np.ndarray, int, int]:
     """Mono float32 samples at the file's own rate; the rate in Hz; the number of channels."""
-    if not path.is_file():
+    if not _is_file(path):
         raise AudioError(path, "not a regular file", "point to an audio file")
     if path.suffix.lower() == ".raw":
         raise AudioError(path, "has no header", "convert it to WAV or FLAC")
-    blocks = []
     try:
         with soundfile.SoundFile(path) as file:
+            _check_header(path, file)
             declared, rate, channels = file.frames, file.samplerate, file.channels
-            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block)
+            samples = _read(path, file)
     except soundfile.LibsndfileError as error:
         problem = f"cannot be decoded ({error.error_string.rstrip('.')})"
         raise AudioError(path, problem, "restore it from the corpus, or convert it to WAV or FLAC") from None
-    if sum(map(len, blocks)) < declared or _missing_bytes(path):
+    if len(samples) < declared or _is_cut(path):
         raise AudioError(path, "truncated: its header declares more audio than it holds", "copy it again")
-    if not blocks:
+    if not len(samples):
         raise AudioError(path, "holds no samples", "restore it from the corpus")
-    samples = np.concatenate(blocks).mean(axis=1)
     if not np.isfinite(samples).all():
         raise AudioError(path, "holds NaN or infinite samples", "restore it from the corpus")
-    common = math.gcd(rate, SAMPLE_RATE)
-    if (SAMPLE_RATE // common) * (rate // common) > _MAX_KERNEL:
-        raise AudioError(path, f"has a rate of {rate} Hz", "resample it to a standard rate such as 16000 Hz")
+    if samples.min() == samples.max():
+        raise AudioError(path, "holds no sound: every sample is the same", "restore it from the corpus")
     return samples, rate, channels
 
 
-def _missing_bytes(path: Path) -> int:
-    """Bytes that a WAV's data chunk declares beyond the end of the file, which libsndfile would not mention."""
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        return False
+
+
+def _check_header(path: Path, file: soundfile.SoundFile) -> None:
+    if file.format not in _FORMATS:
+        raise AudioError(path, f"is {file.format}, of which it cannot be told if it is whole", "convert it to WAV")
+    rate = file.samplerate
+    common = math.gcd(rate, SAMPLE_RATE)
+    if rate < MIN_RATE or (SAMPLE_RATE // common) * (rate // common) > _MAX_KERNEL:
+        raise AudioError(path, f"has a rate of {rate} Hz", "resample it to a standard rate such as 16000 Hz")
+
+
+def _read(path: Path, file: soundfile.SoundFile) -> np.ndarray:
+    """All samples, the channels averaged, in blocks: what is allocated is what the file holds."""
+    blocks, length = [np.empty(0, np.float32)], 0
+    while len(block := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+        length += len(block)
+        if length > MAX_SECONDS * file.samplerate:
+            raise AudioError(path, f"longer than {MAX_SECONDS} s", "cut it into utterances")
+    return np.concatenate(blocks)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a WAV, an AIFF or an Ogg file ends too early, which libsndfile would not mention."""
     with path.open("rb") as stream:
-        riff = stream.read(12)
-        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            return 0
+        head = stream.read(12)
+        if head[:4] == b"OggS":
+            stream.seek(max(0, path.stat().st_size - _LAST_PAGE))
+            _, mark, page = stream.read().rpartition(b"OggS")
+            return not (mark and len(page) > 1 and page[1] & 4)  # the last page of a stream is marked
+        if head[:4] not in _CHUNKED:
+            return False
+        order, samples = _CHUNKED[head[:4]]
         while len(header := stream.read(8)) == 8:
-            name, size = struct.unpack("<4sI", header)
-            if name == b"data":
-                missing = stream.tell() + size - path.stat().st_size
-                return 0 if size >= _UNKNOWN_LENGTH else max(0, missing)
+            name, size = struct.unpack(f"{order}4sI", header)
+            if name == samples:
+                return size < _UNKNOWN_LENGTH and stream.tell() + size > path.stat().st_size
             stream.seek(size + size % 2, 1)
-    return 0
+    return False
 
 
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:

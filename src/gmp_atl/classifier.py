@@ -53,7 +53,7 @@ def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> dict[s
     if strict and not fitting.keys() == own.keys() == tensors.keys():
         raise UserError(f"{path} is not the head that the config describes; delete it and run snakemake again.")
     model.head.load_state_dict(fitting, strict=False)
-    return metadata
+    return encoders.origin(metadata, path)
 
 
 def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor | None:

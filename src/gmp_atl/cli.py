@@ -116,7 +116,14 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspe
     elif get_args(kind):  # list[Path], list[int]
         parser.add_argument(flag, nargs="+", type=get_args(kind)[0], **options)
     else:  # a slice of the config, as JSON
-        parser.add_argument(flag, type=lambda text: kind.model_validate(json.loads(text)), **options)
+        parser.add_argument(flag, type=lambda text: _section(flag, kind, text), **options)
+
+
+def _section(flag: str, kind: Any, text: str) -> Any:
+    try:
+        return kind.model_validate(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} is not a {kind.__name__} in JSON: {error}") from None
 
 
 def _restore(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,18 +23,23 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from gmp_atl.errors import UserError
 
 GENDERS = ("female", "male")
+_PROBLEMS = 20  # told at once
+_BRIEF = reprlib.Repr()  # of what was found instead of a setting: a nested value may be as large as it likes
+_BRIEF.maxlevel = 2
+_BRIEF.maxstring = _BRIEF.maxother = 80
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Layer = Annotated[int, Field(le=-1)]  # counted from the end: -1 is the last layer
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and Parquet hold
 
 
 class Section(BaseModel):
     """A part of the config: immutable, and closed to keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class CorpusConfig(Section):
@@ -67,7 +73,7 @@ class FoldsConfig(Section):
 class ScratchEncoderConfig(Section):
     """Size of a HuBERT with random weights; strides and kernels are those of HuBERT base."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights; the experiment's seeds are `seeds`."""
     layers: Count = 12
     """Transformer layers; tables.layers must exist."""
@@ -273,7 +279,7 @@ class Config(Section):
 
     name: Name
     """Results go to results/<name>."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Every seed repeats all folds and stages; tables give mean and deviation over them."""
     corpus: CorpusConfig
     classes: list[str] = Field(min_length=2)
@@ -465,9 +471,10 @@ def _validated(settings: Mapping[str, Any], prefix: str = "") -> Config:
     except ValidationError as error:
         lines = [
             f"  {prefix}{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']}"
-            + ("" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})")
-            for problem in error.errors()
+            + ("" if problem["type"] in ("missing", "value_error") else f" (found {_BRIEF.repr(problem['input'])})")
+            for problem in error.errors()[:_PROBLEMS]
         ]
+        lines += [f"  ... and {error.error_count() - _PROBLEMS} more"] * (error.error_count() > _PROBLEMS)
         raise UserError(
             "The config is not valid:\n"
             + "\n".join(lines)

@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.errors import UserError
-from gmp_atl.formats import atomic, write_text
+from gmp_atl.formats import atomic, check_tensors, tensor_metadata, write_text
 
 CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
@@ -36,7 +37,6 @@ HOP = 320
 """Samples between two frames: 50 frames per second."""
 _STRETCH = 64
 """Frames whose convolutions are computed at once: 4 MB pass from the first to the second in bfloat16."""
-_METADATA = "gmp_atl"
 
 
 def n_frames(n_samples: int) -> int:
@@ -426,6 +426,12 @@ def load(folder: Path, regularisation: Regularisation | None = None) -> tuple[En
     return encoder, metadata
 
 
+def load_fitted(folder: Path, regularisation: Regularisation | None = None) -> tuple[Encoder, dict[str, Any]]:
+    """As `load`, but only an encoder that tells what it was fitted on. Raises as `load` and `origin` do."""
+    encoder, metadata = load(folder, regularisation)
+    return encoder, origin(metadata, folder / "model.safetensors")
+
+
 def load_architecture(folder: Path, regularisation: Regularisation | None = None) -> Encoder:
     """The network that `config.json` in `folder` describes, its weights yet to be loaded."""
     path = folder / "config.json"
@@ -433,7 +439,7 @@ def load_architecture(folder: Path, regularisation: Regularisation | None = None
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {folder} should hold config.json and model.safetensors.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
@@ -457,7 +463,7 @@ def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> 
 def save_tensors(tensors: dict[str, Tensor], path: Path, /, **metadata: Any) -> None:
     """Write a safetensors file atomically, with a JSON object of metadata in its header."""
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
+        save_file(tensors, temporary, {"format": "pt", **tensor_metadata(_arrays(tensors), metadata)})
         _sort_metadata(temporary)
 
 
@@ -481,12 +487,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header.get(_METADATA, "{}"))  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata()
+        own = tensors if header and "gmp_atl" in header else {}  # numpy lacks some types that others use
+        return tensors, check_tensors(header, _arrays(own), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}).") from None
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def origin(metadata: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The metadata of an encoder or head that a stage wrote: `encoder`, its name, and `fitted_on`, ids.
+
+    Raises:
+        UserError: another program wrote it, so that nobody knows what it was fitted on.
+    """
+    ids = metadata.get("fitted_on")
+    told = isinstance(metadata.get("encoder"), str) and isinstance(ids, list)
+    if not told or not all(isinstance(each, str) for each in ids or []):
+        raise UserError(
+            f"{source} does not say which utterances it was fitted on; it should be a stage's own output. Delete it "
+            "and run snakemake again; to start from other weights, set encoder.source: directory and encoder.path."
+        )
+    return metadata
 
 
 def _canonical(name: str) -> str:

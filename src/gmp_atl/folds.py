@@ -30,14 +30,22 @@ class Split:
         return self.utterances[name].to_pylist()
 
     def refuse_leaks(self, ids: Iterable[str], source: Path | str) -> None:
-        """Raise a LeakageError if `source` brings in, or was fitted on, a forbidden utterance."""
-        leaked = sorted(self.forbidden.intersection(ids))
-        if leaked:
-            raise LeakageError(
-                f"{source} contains or was fitted on {len(leaked)} held-out utterances of this fold "
-                f"({', '.join(leaked[:3])}{', ...' if len(leaked) > 3 else ''}). It belongs to another fold or "
-                "was made wrongly; delete it and run snakemake again."
-            )
+        """Raise a LeakageError if `source` brings in, or was fitted on, what this split may not open.
+
+        That is any utterance but the split's own: one that the table does not know may be held-out speech under
+        another name, or of a class that the config has dropped since.
+        """
+        others = set(ids).difference(self.ids)
+        if not others:
+            return
+        leaked = sorted(others & self.forbidden)
+        kind = "held-out utterances of this fold" if leaked else "utterances that are not in the corpus's table"
+        named = leaked or sorted(others)
+        raise LeakageError(
+            f"{source} contains or was fitted on {len(named)} {kind} ({', '.join(named[:3])}"
+            f"{', ...' if len(named) > 3 else ''}). It belongs to another fold or corpus, or was made wrongly; delete "
+            "it and run snakemake again."
+        )
 
 
 def training_split(utterances: Path, folds: FoldsConfig, fold: int) -> Split:
@@ -95,4 +103,6 @@ def check_folds(table: pa.Table, folds: FoldsConfig) -> None:
 def _assign(utterances: Path, folds: FoldsConfig, fold: int) -> tuple[pa.Table, pa.ChunkedArray]:
     table, _ = UTTERANCES.read(utterances)
     check_folds(table, folds)
+    if not 1 <= fold <= len(folds.held_out):
+        raise UserError(f"There is no fold {fold}: folds.held_out has groups for folds 1 to {len(folds.held_out)}.")
     return table, pc.is_in(table[folds.by], pa.array(folds.held_out[fold - 1]))

@@ -1,7 +1,9 @@
 """Every Parquet file of a run: columns, dtypes and metadata, declared once and checked at reading.
 
 Files appear under their final name only when they are complete, and each carries, beside its columns, a
-JSON object of metadata (format name and version included).
+JSON object of metadata (format name and version included). Every page has a checksum, the metadata a digest and the
+number of rows, so that no file is read that is not as it was written. Tensors in safetensors files, a format without
+checksums, have a digest among their metadata.
 """
 
 from __future__ import annotations
@@ -10,20 +12,24 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
 
 from gmp_atl.errors import UserError
 
-_KEY = b"gmp_atl"
+_KEY, _DIGEST = "gmp_atl", "gmp_atl_sha256"
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises on damaged files; ValueError where a name or text is not UTF-8."""
 
 
 class Role(Enum):
@@ -78,22 +84,31 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of Parquet file: name, version, schema, and the metadata keys that it must carry."""
+    """A kind of Parquet file: name, version, schema, and the metadata that it must carry, with their types."""
 
     name: str
     schema: pa.Schema
-    metadata: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
     compression: str = "zstd"
 
     @contextmanager
     def writer(self, path: Path, /, **metadata: Any) -> Iterator[Callable[[pa.RecordBatch], None]]:
         """A function that appends one row group; the file appears when the block ends without an error."""
-        self._check_keys(metadata, path)
-        header = {"format": self.name, "version": self.version, **metadata}
-        schema = self.schema.with_metadata({_KEY: json.dumps(header, sort_keys=True).encode()})
-        with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression=self.compression) as file:
-            yield lambda rows: file.write_batch(rows.cast(schema), row_group_size=max(1, rows.num_rows))
+        header = {"format": self.name, "version": self.version, "rows": 0, **metadata}
+        self._check(header, path)
+        with (
+            atomic(path) as temporary,
+            pq.ParquetWriter(temporary, self.schema, compression=self.compression, write_page_checksum=True) as file,
+        ):
+
+            def append(rows: pa.RecordBatch) -> None:
+                file.write_batch(rows.cast(self.schema), row_group_size=max(1, rows.num_rows))
+                header["rows"] += rows.num_rows
+
+            yield append
+            text = json.dumps(header, sort_keys=True)
+            file.add_key_value_metadata({_KEY: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()})
 
     def write(self, path: Path, rows: pa.Table, /, **metadata: Any) -> None:
         """Write all rows atomically, in one row group."""
@@ -107,36 +122,93 @@ class Format:
         Raises:
             UserError: the file is missing, damaged, of another format or version.
         """
+        if not path.is_file():
+            state = "is not a regular file" if path.exists() else "is missing"
+            raise UserError(f"{path} {state}; it should hold {self.name}.")
         try:
-            file = pq.ParquetFile(path)
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; it should hold {self.name}.") from None
-        except (pa.ArrowInvalid, OSError) as error:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+            header = _json_object(texts.get(_KEY, "{}"))
+            schema = file.schema_arrow
+            rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        except _DAMAGE as error:
             raise UserError(
                 f"{path} is not a readable Parquet file ({error}); delete it and run snakemake again."
             ) from None
-        header = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
         found = (header.get("format"), header.get("version"))
-        if found != (self.name, self.version) or not file.schema_arrow.equals(self.schema):
+        if found != (self.name, self.version) or not schema.equals(self.schema):
             raise UserError(
                 f"{path} holds {found[0] or 'an unknown format'} version {found[1]}, but {self.name} version "
                 f"{self.version} is expected; delete it and run snakemake again."
             )
-        self._check_keys(header, path)
+        if hashlib.sha256(texts[_KEY].encode()).hexdigest() != texts.get(_DIGEST) or rows != header.get("rows"):
+            raise UserError(f"{path} is damaged: its metadata have changed; delete it and run snakemake again.")
+        self._check(header, path)
+        del header["rows"]
         return file, header
 
     def read(self, path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
         """All rows and the metadata. Raises as `open` does."""
         file, header = self.open(path)
         try:
-            return file.read(columns=columns), header
-        except (pa.ArrowInvalid, OSError) as error:
+            table = file.read(columns=columns).replace_schema_metadata()
+            table.validate(full=True)
+        except _DAMAGE as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None
+        return table, header
 
-    def _check_keys(self, header: dict[str, Any], path: Path) -> None:
-        missing = [key for key in self.metadata if key not in header]
-        if missing:
-            raise UserError(f"{path}: metadata of {self.name} lacks {', '.join(missing)}.")
+    def _check(self, header: dict[str, Any], path: Path) -> None:
+        try:
+            self._model.model_validate(header)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{path}: metadata of {self.name}: {where}: {problem['msg']}; delete it and run snakemake again."
+            ) from None
+
+    @cached_property
+    def _model(self) -> type[BaseModel]:
+        fields: dict[str, Any] = {name: (kind, ...) for name, kind in self.metadata.items()}
+        return create_model(self.name, __config__=ConfigDict(strict=True), **fields)
+
+
+def tensor_metadata(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What goes into the header of a safetensors file: the metadata, and a digest of them and the tensors."""
+    text = json.dumps(metadata, sort_keys=True)
+    return {_KEY: text, _DIGEST: _tensor_digest(tensors, text)}
+
+
+def check_tensors(header: Mapping[str, str] | None, tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """The metadata that `tensor_metadata` made; empty for a file that another program wrote.
+
+    Raises:
+        UserError: metadata or tensors are not as they were written.
+    """
+    if not header or _KEY not in header:
+        return {}
+    if _tensor_digest(tensors, header[_KEY]) != header.get(_DIGEST):
+        raise UserError(f"{path} is damaged: its sha256 has changed; delete it and run snakemake again.")
+    return _json_object(header[_KEY])
+
+
+def _tensor_digest(tensors: Mapping[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Raises a ValueError for any other text."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("metadata nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("metadata that are no JSON object")
+    return found
 
 
 def _umask() -> int:
@@ -162,30 +234,41 @@ UTTERANCES = Format(
         text_type=pa.string(),  # improvised, scripted, ...; empty where the corpus does not say
     ),
     # name of the corpus; whether its counts are the full release's; digest of the ids and their decoded audio
-    metadata=("corpus", "complete", "audio"),
+    metadata={"corpus": str, "complete": bool, "audio": str},
 )
 EXCLUDED = Format("excluded", _schema(id=pa.string(), reason=pa.string()))
 CORPUS_SUMMARY = Format(
     "corpus_summary",
     _schema(emotion=pa.string(), session=pa.string(), gender=pa.string(), utterances=pa.int64(), n_samples=pa.int64()),
-    metadata=("corpus", "complete", "audio", "classes", "excluded"),  # excluded: {reason: count}
+    metadata={
+        "corpus": str,
+        "complete": bool,
+        "audio": str,
+        "classes": list[str],
+        "excluded": dict[str, int],  # by reason
+    },
 )
 LOCAL_FEATURES = Format(
     "local_features",
     _schema(id=pa.string(), n_frames=pa.int32(), frames=pa.binary()),
-    metadata=("dimensions", "encoder"),  # encoder: sha256 of its weights
+    metadata={"dimensions": PositiveInt, "encoder": str},  # encoder: description and sha256 of its weights
     compression="none",  # zstd saves little, and halves the speed of reading (benchmarks/storage.py)
 )
 LAYER_FEATURES = Format(
     "layer_features",
     _schema(id=pa.string(), n_frames=pa.int32(), frames=pa.binary()),
-    metadata=("dimensions", "layer", "fitted_on"),  # fitted_on: ids that the encoder has been trained on
+    metadata={
+        "dimensions": PositiveInt,
+        "layer": int,
+        "encoder": str,  # that training started from
+        "fitted_on": list[str],  # ids that it has been trained on
+    },
     compression="none",
 )
 PSEUDO_LABELS = Format(
     "pseudo_labels",
     _schema(id=pa.string(), labels=pa.list_(pa.field("item", pa.uint16(), nullable=False))),
-    metadata=("layer", "size", "fitted_on"),
+    metadata={"layer": int, "size": PositiveInt, "encoder": str, "fitted_on": list[str]},
 )
 CLUSTER_STATISTICS = Format(
     "cluster_statistics",
@@ -202,7 +285,7 @@ CLUSTER_STATISTICS = Format(
 HISTORY = Format(
     "history",
     _schema(update=pa.int64(), epoch=pa.float64(), quantity=pa.string(), value=pa.float64()),
-    metadata=("stage",),
+    metadata={"stage": str},
 )
 PREDICTIONS = Format(
     "predictions",
@@ -215,25 +298,25 @@ PREDICTIONS = Format(
         prediction=pa.string(),
         scores=pa.list_(pa.field("item", pa.float32(), nullable=False)),  # one per class, summing to one
     ),
-    metadata=(
-        "model",  # gmp-atl or egemaps-svm
-        "variant",
-        "layer",  # of the GMPs; null without
-        "loss",  # ce or ams; null for the baseline
-        "fold",
-        "seed",
-        "classes",
-        "corpus",
-        "complete",
-        "encoder",  # description and sha256 of the weights
-        "selection",
-        "fit_on",
-    ),
+    metadata={
+        "model": str,  # gmp-atl or egemaps-svm
+        "variant": str,
+        "layer": int | None,  # of the GMPs; None without
+        "loss": str | None,  # ce or ams; None for the baseline
+        "fold": int,
+        "seed": int,
+        "classes": list[str],
+        "corpus": str,
+        "complete": bool,
+        "encoder": str,  # description and sha256 of the weights
+        "selection": str,
+        "fit_on": str,
+    },
 )
 FUNCTIONALS = Format(
     "functionals",
     _schema(id=pa.string(), values=pa.list_(pa.field("item", pa.float32(), nullable=False))),
-    metadata=("features",),
+    metadata={"features": str},
 )
 
 
@@ -278,11 +361,12 @@ def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterat
         for group, ids in enumerate(groups):
             if wanted.isdisjoint(ids):
                 continue
-            column = file.read_row_group(group, columns=["frames"])["frames"].combine_chunks()
+            rows = file.read_row_group(group, columns=["n_frames", "frames"]).combine_chunks()
+            clips = zip(ids, rows["n_frames"].to_pylist(), rows["frames"].combine_chunks(), strict=True)
             yield {
-                utterance: np.frombuffer(clip.as_buffer(), dtype="<f2").reshape(-1, header["dimensions"])
-                for utterance, clip in zip(ids, column, strict=True)
+                utterance: np.frombuffer(clip.as_buffer(), dtype="<f2").reshape(length, header["dimensions"])
+                for utterance, length, clip in clips
                 if utterance in wanted
             }
-    except (pa.ArrowInvalid, OSError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gmp_atl.errors import UserError
+
 SHOWN = ("table1", "table2", "table3", "table4", "effects")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -115,10 +117,11 @@ def show(folder: Path) -> None:
     from rich.markdown import Markdown
 
     console = Console(width=max(_WIDTH, Console().width))
-    for name in SHOWN:
-        path = folder / f"{name}.md"
-        if path.exists():
-            console.print(Markdown(path.read_text(encoding="utf-8")))
+    paths = [path for name in SHOWN if (path := folder / f"{name}.md").is_file()]
+    if not paths:
+        raise UserError(f"{folder} holds no tables, such as {SHOWN[0]}.md; expected results/<name>/tables of a run.")
+    for path in paths:
+        console.print(Markdown(path.read_text(encoding="utf-8")))
 
 
 def _flat(row: Mapping[str, str | Cell]) -> dict[str, str]:

@@ -56,7 +56,7 @@ rule clustering:
         code=code_hash("clustering"),
     shell:
         "python -m gmp_atl clustering --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
-        " --fold {wildcards.fold} --seed {wildcards.seed} --size {wildcards.size}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --layer {wildcards.layer} --size {wildcards.size}"
         " --utterances {input.utterances} --layer-features {input.features}"
         " --centroids {output.centroids} --pseudo-labels {output.labels}"
         " --provenance {output.provenance} 2> {log}"

@@ -7,10 +7,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from gmp_atl import config as typed
+from gmp_atl import config_files
 from gmp_atl.code import code_hash
 from gmp_atl.errors import UserError
 
 try:
+    for path in workflow.configfiles:
+        config_files.check(Path(path))
     CONFIG = typed.parse(config)
 except UserError as error:
     raise WorkflowError(str(error)) from None

@@ -28,7 +28,7 @@ rule retraining:
         code=code_hash("retraining"),
     shell:
         "python -m gmp_atl retraining --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
-        " --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
+        " --layer {wildcards.layer} --fold {wildcards.fold} --seed {wildcards.seed} --utterances {input.utterances}"
         " --local-features {input.features} --encoder {params.encoder} --pseudo-labels {input.labels}"
         " --output {params.folder} --history {output.history}"
         " --checkpoint {params.folder}/checkpoint.safetensors --provenance {output.provenance} 2> {log}"

@@ -107,19 +107,56 @@ def by_id(found: Iterable[Found[T]]) -> dict[str, T]:
 
 
 def audio_files(root: Path, *suffixes: str) -> Iterator[Found[Path]]:
-    """Files below `root` with one of the suffixes, by stem; hidden ones (macOS leaves `._*`) are none."""
-    for path in sorted(root.rglob("*")):
+    """Files below `root` with one of the suffixes, by stem; hidden ones (macOS leaves `._*`) are none.
+
+    Links to folders are followed, and every folder is entered once, so that a loop of links ends.
+
+    Raises:
+        UserError: a folder cannot be read, or a name is not UTF-8.
+    """
+    for path in sorted(_files(root, set())):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if not _is_utf8(relative := str(path.relative_to(root))):
+                raise UserError(f"{root}: the name {relative!r} is not UTF-8. Rename it, or restore the release.")
             yield Found(path.stem, str(path), path)
 
 
+def _files(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
+    try:
+        state = folder.stat()
+        if (state.st_dev, state.st_ino) in entered:
+            return
+        entered.add((state.st_dev, state.st_ino))
+        children = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Give access to it, or move it away.") from None
+    for child in children:
+        if child.is_dir():
+            yield from _files(child, entered)
+        else:
+            yield child
+
+
+def _is_utf8(text: str) -> bool:
+    """Python puts surrogates for the bytes of a name that are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        UserError: unreadable, or not UTF-8; names the line.
+        UserError: not a regular file, unreadable, or not UTF-8; names the line.
     """
     try:
+        if not path.is_file():  # reading a pipe or a device would not end
+            raise UserError(f"{path} is not a regular file; expected UTF-8 text.")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None

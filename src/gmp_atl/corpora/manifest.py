@@ -1,6 +1,6 @@
 """A corpus of your own: a CSV or Parquet manifest with one row per clip.
 
-- path: audio file, relative to the manifest's folder or absolute
+- path: audio file below the manifest's folder, relative to it or absolute
 - speaker: any name
 - gender: female or male (f and m will do)
 - emotion: any name; rows whose emotion is none of `classes` are listed as excluded
@@ -12,17 +12,23 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gmp_atl.config import GENDERS
 from gmp_atl.corpora.base import NO_AUDIO, Corpus, Found, Utterance, by_id, not_used, read_text
 from gmp_atl.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 REQUIRED = ("path", "speaker", "gender", "emotion")
 OPTIONAL = ("id", "session")
+_ROWS_AT_ONCE = 10_000
 _GENDER_OF: dict[str, Literal["female", "male"]] = {"female": "female", "f": "female", "male": "male", "m": "male"}
 
 
@@ -48,20 +54,20 @@ def read(manifest: Path, classes: Sequence[str]) -> Corpus:
             rows = _parquet_rows(manifest)
         case suffix:
             raise UserError(f"corpus.root: {manifest} ends in {suffix!r}; a manifest ends in .csv or .parquet.")
-    utterances = by_id(Found(utterance.id, place, utterance) for place, utterance in _utterances(rows, manifest.parent))
     corpus = Corpus(manifest.stem, manifest.parent, [], {})
-    for id, utterance in utterances.items():
+    for id, (utterance, present) in by_id(_utterances(rows, manifest.parent)).items():
         if utterance.emotion not in classes:
             corpus.excluded[id] = not_used(utterance.emotion)
-        elif not (manifest.parent / utterance.path).exists():
+        elif not present:
             corpus.excluded[id] = NO_AUDIO
         else:
             corpus.utterances.append(utterance)
     return corpus
 
 
-def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[tuple[str, Utterance]]:
-    """Each row's place, and what it says."""
+def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[Found[tuple[Utterance, bool]]]:
+    """What each row says, and whether its audio is there."""
+    roots = (folder.absolute(), folder.resolve())
     gender_of: dict[str, tuple[str, str]] = {}
     for row in rows:
         cells = row.cells
@@ -75,20 +81,33 @@ def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[tuple[str, Utter
         if known != gender:
             raise UserError(f"{row.place}: speaker {cells['speaker']} is {gender} here and {known} at {place}.")
         path = PurePath(cells["path"])
-        if (folder / path).exists() and not (folder / path).is_file():
+        if not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
+            raise UserError(
+                f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
+                "a link to the audio's folder beside the manifest."
+            )
+        kind = _kind(folder / path)
+        if kind == "other":
             raise UserError(f"{row.place}: {path} is not a regular file; expected audio.")
-        yield (
-            row.place,
-            Utterance(
-                id=cells.get("id", path.with_suffix("").as_posix()),
-                path=path.as_posix(),
-                speaker=cells["speaker"],
-                gender=gender,
-                session=cells.get("session", cells["speaker"]),
-                emotion=cells["emotion"],
-                text_type="",
-            ),
+        utterance = Utterance(
+            id=cells["id"] if "id" in cells else path.with_suffix("").as_posix(),
+            path=path.as_posix(),
+            speaker=cells["speaker"],
+            gender=gender,
+            session=cells.get("session", cells["speaker"]),
+            emotion=cells["emotion"],
+            text_type="",
         )
+        yield Found(utterance.id, row.place, (utterance, kind == "file"))
+
+
+def _kind(path: Path) -> Literal["file", "absent", "other"]:
+    """What there is; a name that no file can have is absent."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "absent"
+    return "file" if stat.S_ISREG(mode) else "other"
 
 
 def _csv_rows(manifest: Path) -> Iterator[_Row]:
@@ -112,12 +131,30 @@ def _parquet_rows(manifest: Path) -> Iterator[_Row]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(manifest).read()
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(manifest, page_checksum_verification=True)
+        schema = file.schema_arrow
+        _require_columns(schema.names, manifest)
+        wanted = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
+        for name in wanted:
+            _require_text(schema.field(name).type, f"{manifest}: column {name}")
+        table = file.read(columns=wanted).replace_schema_metadata()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{manifest} is not a readable Parquet file ({error}).") from None
-    _require_columns(table.column_names, manifest)
-    for number, cells in enumerate(table.to_pylist(), start=1):
+    rows = (cells for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE) for cells in batch.to_pylist())
+    for number, cells in enumerate(rows, start=1):
         yield _Row(f"{manifest}, row {number}", _wanted(cells))
+
+
+def _require_text(kind: pa.DataType, place: str) -> None:
+    """Refuse bytes, lists, dates and the like, whose text would be Python's."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    allowed = (types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_null)
+    if not any(check(kind) for check in allowed):
+        raise UserError(f"{place} is of type {kind}; expected text.")
 
 
 def _wanted(cells: dict[str, Any]) -> dict[str, str]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import lzma
 import shutil
 import struct
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -27,7 +29,17 @@ from gmp_atl.formats import Output, atomic, sha256, write_text
 
 log = logging.getLogger(__name__)
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+)
 """What zipfile raises on damaged files, and on those that are encrypted or packed in another way."""
 MANIFEST = "manifest.json"
 _SUFFIXES = {".parquet", ".json"}
@@ -91,6 +103,8 @@ def restore(path: Path, output: Path) -> Config:
     Raises:
         UserError: the file is missing, damaged, changed, or no archive of this project and version; `output` is taken.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; expected an archive that `make archive` wrote.")
     try:
         with zipfile.ZipFile(path) as file:
             manifest = _read_manifest(path, file)
@@ -157,7 +171,7 @@ def _read_manifest(path: Path, file: zipfile.ZipFile) -> Manifest:
 def _contents(path: Path, file: zipfile.ZipFile, manifest: Manifest) -> dict[str, bytes]:
     """Every file by its name; refuses what the manifest does not name, or names otherwise."""
     names = [name for name in file.namelist() if name != MANIFEST]
-    unexpected = sorted({*names} ^ {*manifest.files}) or sorted(name for name in names if names.count(name) > 1)
+    unexpected = sorted({*names} ^ {*manifest.files}) or sorted(n for n, times in Counter(names).items() if times > 1)
     if unexpected:
         raise UserError(
             f"{path}: {MANIFEST} and contents do not agree about {unexpected[0]} ({len(unexpected)} files in all); "
@@ -165,7 +179,9 @@ def _contents(path: Path, file: zipfile.ZipFile, manifest: Manifest) -> dict[str
         )
     for name in names:
         parts = PurePosixPath(name).parts
-        if PurePosixPath(name).suffix not in _SUFFIXES or name.startswith("/") or ".." in parts or "\\" in name:
+        plain = "/".join(parts) == name and ".." not in parts and not name.startswith("/") and "\\" not in name
+        beneath_a_file = any(parent.suffix in _SUFFIXES for parent in PurePosixPath(name).parents)
+        if PurePosixPath(name).suffix not in _SUFFIXES or not plain or beneath_a_file:
             raise UserError(f"{path} holds {name}, which no run writes; the file is not to be trusted.")
     if sum(entry.file_size for entry in file.infolist()) > _LARGEST:
         raise UserError(f"{path} would unpack to more than {_LARGEST >> 30} GiB; the file is not to be trusted.")

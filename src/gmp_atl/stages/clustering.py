@@ -5,7 +5,6 @@ This stage imports no torch: the wheels of faiss and torch are built on differen
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from gmp_atl import kmeans
 from gmp_atl.config import ClusteringConfig, ClusteringSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, stream_features
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, stream_features, tensor_metadata
 from gmp_atl.kmeans import Assignment
 from gmp_atl.randomness import derive
 
@@ -41,6 +40,7 @@ def clustering(
     layer_features: Path,
     fold: int,
     seed: int,
+    layer: int,
     size: int,
     centroids: Output,
     pseudo_labels: Output,
@@ -50,7 +50,7 @@ def clustering(
 
     Raises:
         LeakageError: the features hold or were fitted on a held-out utterance.
-        UserError: fewer frames than centroids; no GPU where one was given.
+        UserError: features of another layer; fewer frames than centroids; no GPU where one was given.
     """
     if gpus and faiss.get_num_gpus() == 0:
         raise UserError("This job was given a GPU, but FAISS sees none; see nvidia-smi, or run with the cpu profile.")
@@ -59,11 +59,16 @@ def clustering(
     frames = _Frames(layer_features, fitted.ids)
     fitted.refuse_leaks(frames.ids, layer_features)
     split.refuse_leaks(frames.header["fitted_on"], layer_features)
+    if frames.header["layer"] != layer:
+        raise UserError(
+            f"{layer_features} holds layer {frames.header['layer']}, but layer {layer} is expected; delete it and run "
+            "snakemake again."
+        )
     _check_amount(frames.count, size, layer_features)
-    layer = frames.header["layer"]
     start = derive(seed, fold, f"clustering/{layer}/{size}")
     codebook, assignment = _fit(frames, size, config.clustering, start, gpus)
-    header = {"layer": layer, "size": size, "fitted_on": sorted({*frames.header["fitted_on"], *fitted.ids})}
+    fitted_on = sorted({*frames.header["fitted_on"], *fitted.ids})
+    header = {"layer": layer, "size": size, "encoder": frames.header["encoder"], "fitted_on": fitted_on}
     statistics = _statistics(assignment, size)
     _save_centroids(codebook, centroids, {**header, "statistics": statistics})
     log.info("layer %d, %d centroids: %s", layer, size, statistics)
@@ -147,4 +152,5 @@ def _statistics(assignment: Assignment, size: int) -> dict[str, float]:
 
 def _save_centroids(codebook: np.ndarray, path: Path, metadata: dict[str, Any]) -> None:
     with atomic(path) as temporary:
-        save_file({"centroids": codebook}, temporary, {"gmp_atl": json.dumps(metadata, sort_keys=True)})
+        tensors = {"centroids": codebook}
+        save_file(tensors, temporary, tensor_metadata(tensors, metadata))

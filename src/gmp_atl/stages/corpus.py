@@ -20,6 +20,7 @@ from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Out
 logger = logging.getLogger(__name__)
 
 _THREADS = 4  # decoding releases the interpreter's lock; more threads than this wait for the disk
+_CLIPPED = 0.01  # share of a clip's samples at full scale, above which it is told
 _TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
 
 
@@ -75,7 +76,7 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
     """Decode every clip: what the usable ones hold, and the reason against each of the others."""
     usable: dict[str, audio.AudioInfo] = {}
     rejected: dict[str, str] = {}
-    mixed_down = 0
+    mixed_down, clipped = 0, []
 
     def info(utterance: Utterance) -> audio.AudioInfo | audio.AudioError:
         try:
@@ -93,8 +94,12 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
             else:
                 usable[utterance.id] = result
                 mixed_down += result.channels > 1
+                clipped += [utterance.id] * (result.clipped > _CLIPPED)
     if mixed_down:
         logger.log(NOTICE, "%d clips have several channels, which are averaged.", mixed_down)
+    if clipped:
+        told = ", ".join(clipped[:3]) + ", ..." * (len(clipped) > 3)
+        logger.log(NOTICE, "%d clips are kept of which over 1 %% is at full scale: %s", len(clipped), told)
     return usable, rejected
 
 

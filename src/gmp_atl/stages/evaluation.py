@@ -48,7 +48,7 @@ def evaluation(
     """
     device = devices.resolve(gpus)
     split = held_out_split(utterances, config.folds, fold)
-    backbone, origin = encoders.load(model)
+    backbone, origin = encoders.load_fitted(model)
     training_split(utterances, config.folds, fold).refuse_leaks(origin["fitted_on"], model)
     network = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
     classifier.load_head(network, model)

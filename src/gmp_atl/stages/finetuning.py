@@ -49,7 +49,7 @@ def finetuning(
     split, validation = _validation_split(config, utterances, whole, fold)
     key = Key(seed, fold, f"finetuning/{loss}")
     torch.manual_seed(key.derive("weights"))
-    backbone, origin = encoders.load(encoder, regularisation(settings.optimisation))
+    backbone, origin = encoders.load_fitted(encoder, regularisation(settings.optimisation))
     whole.refuse_leaks(origin["fitted_on"], encoder)
     model = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
     inputs = [utterances, encoder / "model.safetensors"]

@@ -37,7 +37,7 @@ def layer_features(
     group of the local features.
     """
     device = devices.resolve(gpus)
-    model, metadata = encoders.load(encoder)
+    model, metadata = encoders.load_fitted(encoder)
     model = model.to(device, devices.dtype(config.compute.precision, device)).eval()
     split = training_split(utterances, config.folds, fold)
     split.refuse_leaks(metadata["fitted_on"], encoder)
@@ -46,8 +46,9 @@ def layer_features(
     with ExitStack() as stack:
         append: dict[int, Callable[[pa.RecordBatch], None]] = {}
         for layer, path in zip(layers, outputs, strict=True):
-            header = {"dimensions": model.architecture.hidden_size, "layer": layer, "fitted_on": metadata["fitted_on"]}
-            append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header))
+            header = {"dimensions": model.architecture.hidden_size, "layer": layer}
+            origin = {"encoder": metadata["encoder"], "fitted_on": metadata["fitted_on"]}
+            append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header, **origin))
         for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
             for layer, frames in _hidden_states(model, clips, layers, config, device).items():
                 append[layer](feature_rows(clips.ids, frames))

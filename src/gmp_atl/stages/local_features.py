@@ -36,7 +36,7 @@ def local_features(
         UserError: a clip has changed since the corpus was read, or cannot be decoded.
     """
     device = devices.resolve(gpus)
-    model, metadata = encoders.load(encoder)
+    model, metadata = encoders.load_fitted(encoder)
     model = model.to(device).eval()
     model.feature_extractor.arrange(devices.dtype(config.compute.precision, device))
     table, _ = UTTERANCES.read(utterances)

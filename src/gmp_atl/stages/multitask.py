@@ -39,7 +39,8 @@ def multitask(
     key = Key(seed, fold, "multitask")
     torch.manual_seed(key.derive("weights"))
     frozen = settings.encoder == "frozen"
-    backbone, origin = encoders.load(encoder, Regularisation() if frozen else regularisation(settings.optimisation))
+    perturbations = Regularisation() if frozen else regularisation(settings.optimisation)
+    backbone, origin = encoders.load_fitted(encoder, perturbations)
     split.refuse_leaks(origin["fitted_on"], encoder)
     if frozen:
         backbone.requires_grad_(False)

@@ -44,6 +44,7 @@ def retraining(
     local_features: Path,
     encoder: Path,
     pseudo_labels: list[Path],
+    layer: int,
     fold: int,
     seed: int,
     output: Output,
@@ -55,18 +56,19 @@ def retraining(
 
     Raises:
         LeakageError: an encoder or pseudo-labels that have seen a held-out utterance.
-        UserError: pseudo-labels that do not match the clips frame by frame.
+        UserError: pseudo-labels that do not match the clips frame by frame, or of another layer, codebook or encoder.
     """
     device = devices.resolve(gpus)
     settings = config.retraining
     split = training_split(utterances, config.folds, fold)
-    backbone, origin = encoders.load(encoder, regularisation(settings.optimisation))
+    backbone, origin = encoders.load_fitted(encoder, regularisation(settings.optimisation))
     split.refuse_leaks(origin["fitted_on"], encoder)
     clips = Clips.read(local_features, split, encoder=origin["encoder"])
     transductive = config.clustering.fit_on == "all"
     labels = {}
     for path in pseudo_labels:
         size, labels_of_clips = _read_labels(path, split, clips, transductive=transductive)
+        _check_codebook(path, layer, config.clustering.sizes, origin["encoder"])
         labels[size] = labels_of_clips
     key = Key(seed, fold, "retraining")
     torch.manual_seed(key.derive("weights"))
@@ -132,6 +134,21 @@ def _targets(labels: list[np.ndarray], batch: Batch, chosen: Tensor) -> Tensor:
     for row, index, start, length in zip(padded, batch.indices, batch.starts, batch.lengths.tolist(), strict=True):
         row[:length] = torch.from_numpy(labels[index][start : start + length].astype(np.int64))
     return padded[chosen]
+
+
+def _check_codebook(path: Path, layer: int, sizes: list[int], encoder: str) -> None:
+    """Refuse pseudo-labels that this job did not ask for."""
+    header = PSEUDO_LABELS.open(path)[1]
+    for what, found, expected in (
+        ("layer", header["layer"], [layer]),
+        ("size", header["size"], sizes),
+        ("encoder", header["encoder"], [encoder]),
+    ):
+        if found not in expected:
+            raise UserError(
+                f"{path} holds pseudo-labels of {what} {found}, but {what} {' or '.join(map(str, expected))} is "
+                "expected; delete it and run snakemake again."
+            )
 
 
 def _read_labels(path: Path, split: Split, clips: Clips, *, transductive: bool) -> tuple[int, list[np.ndarray]]:
