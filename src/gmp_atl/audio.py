@@ -141,7 +141,8 @@ def _is_cut(path: Path) -> bool:
         if head[:4] == b"OggS":
             stream.seek(max(0, path.stat().st_size - _LAST_PAGE))
             _, mark, page = stream.read().rpartition(b"OggS")
-            return not (mark and len(page) > 1 and page[1] & 4)  # the last page of a stream is marked
+            whole = len(page) > 22 and len(page) >= 23 + page[22] + sum(page[23 : 23 + page[22]])
+            return not (mark and whole and page[1] & 4)  # a stream's last page is marked (RFC 3533, Sec. 6)
         if head[:4] not in _CHUNKED:
             return False
         order, samples = _CHUNKED[head[:4]]

@@ -15,10 +15,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ _STRETCH = 64
 """Frames whose convolutions are computed at once: 4 MB pass from the first to the second in bfloat16."""
 
 
+Size = Annotated[int, Field(gt=0, le=8192)]  # HuBERT X-Large is 5120 wide where it is widest
+
+
 def n_frames(n_samples: int) -> int:
     """Frames that the convolutions make of a clip; none for a clip shorter than the receptive field."""
     for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True):
@@ -50,18 +54,18 @@ def n_frames(n_samples: int) -> int:
 class Architecture:
     """What of a HuBERT `config.json` shapes the network."""
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    conv_dim: tuple[int, ...]
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    conv_dim: tuple[Size, ...]
     conv_bias: bool = False
     feat_extract_norm: str = "group"
     feat_proj_layer_norm: bool = True
     do_stable_layer_norm: bool = False
-    num_conv_pos_embeddings: int = 128
-    num_conv_pos_embedding_groups: int = 16
-    layer_norm_eps: float = 1e-5
+    num_conv_pos_embeddings: Size = 128
+    num_conv_pos_embedding_groups: Size = 16
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: Path) -> Architecture:
@@ -84,10 +88,15 @@ class Architecture:
         absent = [field.name for field in fields(cls) if field.default is MISSING and field.name not in config]
         if absent:
             raise UserError(f"{source} is not the config.json of a HuBERT: {', '.join(absent)} is missing.")
-        if len(config["conv_dim"]) != len(CONV_KERNELS):
-            raise UserError(f"{source}: conv_dim has {len(config['conv_dim'])} layers, not {len(CONV_KERNELS)}.")
+        if not isinstance(config["conv_dim"], list) or len(config["conv_dim"]) != len(CONV_KERNELS):
+            raise UserError(f"{source}: conv_dim is {config['conv_dim']!r}, not a list of {len(CONV_KERNELS)} sizes.")
         known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        return cls(**{**known, "conv_dim": tuple(config["conv_dim"])})
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{source}: {where}: {problem['msg']}; expected the config.json of a HuBERT.") from None
 
     def to_config(self) -> dict[str, Any]:
         """A `config.json` from which `HubertModel.from_pretrained` builds the same network."""
@@ -443,7 +452,11 @@ def load_architecture(folder: Path, regularisation: Regularisation | None = None
         raise UserError(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
-    return Encoder(Architecture.from_config(config, path), regularisation)
+    architecture = Architecture.from_config(config, path)
+    try:
+        return Encoder(architecture, regularisation)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{path}: its sizes make no HuBERT ({error}).") from None
 
 
 def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> None:
@@ -485,6 +498,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; expected safetensors.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -122,10 +122,10 @@ class Format:
         Raises:
             UserError: the file is missing, damaged, of another format or version.
         """
-        if not path.is_file():
-            state = "is not a regular file" if path.exists() else "is missing"
-            raise UserError(f"{path} {state}; it should hold {self.name}.")
         try:
+            if not path.is_file():
+                state = "is not a regular file" if path.exists() else "is missing"
+                raise UserError(f"{path} {state}; it should hold {self.name}.")
             file = pq.ParquetFile(path, page_checksum_verification=True)
             texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             header = _json_object(texts.get(_KEY, "{}"))
