@@ -17,6 +17,9 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
 # The resolver is needed by `make lock` alone, so it is kept apart from what the locks install.
 UV_VERSION := 0.13.9
 UV := .venv/uv-$(UV_VERSION)/bin/uv
+# Kept apart likewise; what it finds depends on the day.
+PIP_AUDIT_VERSION := 2.10.1
+PIP_AUDIT := .venv/pip-audit-$(PIP_AUDIT_VERSION)/pip_audit
 # One resolution for the platform that is supported, wherever it is made.
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
@@ -25,7 +28,8 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test test-slurm test-conda lint format lock envs reference clean
+.PHONY: help setup opensmile demo archive tables test test-heavy test-slurm test-conda lint format lock envs
+.PHONY: reference licences audit clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -85,6 +89,9 @@ tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures o
 test: setup  ## run the tests
 	@python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
+test-heavy: setup  ## try a hundred times as many bad files, and a manifest of a million rows; takes an hour
+	@FUZZ_EXAMPLES=1500 python -m pytest -m "heavy or not heavy" tests/test_bad_input.py
+
 test-slurm: setup  ## run the SLURM tests; as root, and on Debian: they install and start SLURM
 	@python -m pytest testbeds/slurm
 
@@ -122,6 +129,17 @@ envs: opensmile  ## write envs/*.yaml and requirements/tables.lock from the lock
 
 reference: setup  ## write docs/config.md and the config's schema from the typed config
 	python tools/config_reference.py
+
+licences: setup  ## write docs/licences.md from the locks
+	python tools/licences.py
+
+# --strict: a package that the advisories' server does not know is a failure, and no silent gap.
+audit: $(PIP_AUDIT)  ## look up the locked packages among known vulnerabilities; needs the network
+	@PYTHONPATH=$(dir $(PIP_AUDIT)) .venv/bin/python -m pip_audit --strict --disable-pip --require-hashes \
+		-r requirements/main.lock
+
+$(PIP_AUDIT): | .venv/bin/python
+	$(PIP) install --quiet --target $(dir $(PIP_AUDIT)) pip-audit==$(PIP_AUDIT_VERSION)
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf .venv .venv-tables .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -400,7 +400,7 @@ def test_a_model_reads_back_as_it_was_saved(encoder, tmp_path):
     config, tasks = HeadConfig(lstm_hidden=8, projection=8), {"emotion": 4}
     batch = batch_of(clips_of([30, 5]))
     model = Classifier(encoder, config, tasks).eval()
-    classifier.save(model, tmp_path, fitted_on=["a"])
+    classifier.save(model, tmp_path, encoder="made", fitted_on=["a"])
     again = Classifier(encoders.load(tmp_path)[0], config, tasks).eval()
     classifier.load_head(again, tmp_path)
     assert torch.equal(again(batch)["emotion"], model(batch)["emotion"])

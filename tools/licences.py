@@ -17,6 +17,7 @@ HEAD = """\
 
 Made from requirements/main.lock and the packages' own metadata by `make licences`; do not edit. gmp-atl itself is under
 the [MIT licence](../LICENSE). openSMILE, which is optional and not in this list, is for private and research use.
+eSpeak NG, which espeakng-loader brings and only the demo's synthesis calls, is under the GPL, version 3 or later.
 
 | Package | Version | Licence, as the package tells it |
 |---|---|---|
@@ -33,7 +34,7 @@ def licence(name: str) -> str:
     """From `License-Expression`, the classifiers, or the first line of `License`, whichever is there."""
     told = metadata.metadata(name)
     classifiers = [each.rpartition(" :: ")[2] for each in told.get_all("Classifier") or [] if "License" in each]
-    texts = [told.get("License-Expression"), "; ".join(classifiers), told.get("License")]
+    texts = [*(told.get_all("License-Expression") or []), "; ".join(classifiers), *(told.get_all("License") or [])]
     first = next((text for text in texts if text and text != "UNKNOWN"), "not told")
     return first.splitlines()[0].replace("|", "\\|")[:100]
 

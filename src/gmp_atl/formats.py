@@ -174,26 +174,30 @@ class Format:
 
 
 def tensor_metadata(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What goes into the header of a safetensors file: the metadata, and a digest of them and the tensors."""
-    text = json.dumps(metadata, sort_keys=True)
-    return {_KEY: text, _DIGEST: _tensor_digest(tensors, text)}
+    """What goes into the header of a safetensors file: one JSON object, of metadata and a digest of them and tensors.
+
+    One, because safetensors writes several in any order.
+    """
+    return {_KEY: json.dumps({**metadata, "sha256": _tensor_digest(tensors, metadata)}, sort_keys=True)}
 
 
 def check_tensors(header: Mapping[str, str] | None, tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """The metadata that `tensor_metadata` made; empty for a file that another program wrote.
+    """The metadata that `tensor_metadata` was given; empty for a file that another program wrote.
 
     Raises:
         UserError: metadata or tensors are not as they were written.
+        ValueError: the metadata are no JSON object.
     """
     if not header or _KEY not in header:
         return {}
-    if _tensor_digest(tensors, header[_KEY]) != header.get(_DIGEST):
+    metadata = _json_object(header[_KEY])
+    if metadata.pop("sha256", None) != _tensor_digest(tensors, metadata):
         raise UserError(f"{path} is damaged: its sha256 has changed; delete it and run snakemake again.")
-    return _json_object(header[_KEY])
+    return metadata
 
 
-def _tensor_digest(tensors: Mapping[str, np.ndarray], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _tensor_digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor).data)
