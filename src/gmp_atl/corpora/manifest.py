@@ -81,7 +81,8 @@ def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[Found[tuple[Utte
         if known != gender:
             raise UserError(f"{row.place}: speaker {cells['speaker']} is {gender} here and {known} at {place}.")
         path = PurePath(cells["path"])
-        if not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
+        may_escape = path.is_absolute() or ".." in path.parts
+        if may_escape and not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
             raise UserError(
                 f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
                 "a link to the audio's folder beside the manifest."
