@@ -52,7 +52,7 @@ def write_utterances(folder: Path, scale: int) -> None:
         for name in ids(scale)
     ]
     table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
-    UTTERANCES.write(folder / "utterances.parquet", table, corpus="random", complete=True)
+    UTTERANCES.write(folder / "utterances.parquet", table, corpus="random", complete=True, audio="none")
 
 
 def row_groups(scale: int, dimensions: int, sessions: str) -> Iterator[tuple[list[str], list[np.ndarray]]]:
@@ -109,7 +109,7 @@ def prepare_clustering(folder: Path, scale: int) -> None:
     """Layer features of 768 dimensions of the sessions that fold 1 trains on."""
     write_utterances(folder, scale)
     path = folder / "features.parquet"
-    write_features(LAYER_FEATURES, path, scale, "2345", dimensions=768, layer=-3, fitted_on=[])
+    write_features(LAYER_FEATURES, path, scale, "2345", dimensions=768, layer=-3, encoder="small", fitted_on=[])
 
 
 def clustering(folder: Path, _: int) -> None:
@@ -122,6 +122,7 @@ def clustering(folder: Path, _: int) -> None:
         layer_features=folder / "features.parquet",
         fold=1,
         seed=1,
+        layer=-3,
         size=64,
         centroids=folder / "centroids.safetensors",
         pseudo_labels=folder / "labels.parquet",
