@@ -25,7 +25,7 @@ def milliseconds(step: Callable[[], torch.Tensor], repeats: int = 3) -> float:
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        step().backward()
+        step().backward()  # type: ignore[no-untyped-call]
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:])
 

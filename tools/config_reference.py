@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic.fields import FieldInfo
 
 from gmp_atl.config import Config, Section

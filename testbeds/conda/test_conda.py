@@ -82,7 +82,7 @@ def test_every_environment_is_made(environments: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_environment_holds_its_pins_and_nothing_else(environments: dict[str, Path], name: str) -> None:
     pins = re.findall(r"- ([a-z0-9-]+==\S+)", (ROOT / "envs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    command = [environments[name] / "bin" / "python", "-m", "pip", "list", "--format", "freeze"]
+    command = [str(environments[name] / "bin" / "python"), "-m", "pip", "list", "--format", "freeze"]
     listed = (
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.lower().replace("_", "-").split()
     )

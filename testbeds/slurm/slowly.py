@@ -13,5 +13,5 @@ def slowly(trainer: Trainer) -> float:
     return update(trainer)
 
 
-Trainer._update = slowly  # type: ignore[method-assign]
+Trainer._update = slowly  # type: ignore[method-assign, assignment]
 runpy.run_module("gmp_atl", run_name="__main__", alter_sys=True)
