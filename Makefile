@@ -28,7 +28,7 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test test-heavy test-slurm test-conda lint format lock envs
+.PHONY: help setup opensmile demo archive tables test test-heavy test-slurm test-conda bench lint format lock envs
 .PHONY: reference licences audit clean
 
 help:  ## list the targets
@@ -101,6 +101,9 @@ test-conda: opensmile .venv/.conda  ## test the rules' Conda environments; 13 GB
 .venv/.conda: requirements/conda.lock $(INSTALLED)
 	@$(PIP) install --quiet --no-deps --require-hashes -r requirements/conda.lock
 	@touch $@
+
+bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour
+	@for work in extraction kmeans_fit labels training; do echo "## $$work"; python benchmarks/$$work.py; done
 
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .

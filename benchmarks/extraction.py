@@ -1,0 +1,148 @@
+"""Hidden states of HuBERT base over a corpus: the stages `local_features` and `layer_features`, against fairseq's way.
+
+    python benchmarks/extraction.py
+
+fairseq's `dump_hubert_feature.py` runs once per layer: single clips in float32, the encoder cut off after that layer,
+the frames appended to one array file. It is written anew here on transformers' HuBERT, since fairseq does not install
+under this Python. All sides read the same WAV files of noise, and the same random weights. `layer_features` opens the
+training clips of the fold alone, four fifths; both sides' rates are of the audio that went through.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import sides
+import workload
+
+SECONDS = 75.0
+"""Of audio, about: fairseq's way takes minutes for that on two cores."""
+TRAINING = "2345"
+"""Sessions of fold 1."""
+
+
+def prepare(folder: Path) -> None:
+    """Audio and weights; fairseq's list of files is that of the training clips, so that both do the same work."""
+    workload.write_corpus(folder, SECONDS)
+    workload.write_encoder(folder)
+
+
+def fairseq(layers: list[int]) -> sides.Side:
+    """The peer's way."""
+
+    def side(folder: Path) -> sides.Work:
+        import soundfile
+        import torch
+        from transformers import HubertModel
+
+        paths = [path for path in sorted((folder / "audio").iterdir()) if int(path.stem) % 5 + 1 != 1]
+
+        def dump(layer: int) -> None:
+            model = HubertModel.from_pretrained(folder / "transformers").train(mode=False)
+            model.encoder.layers = model.encoder.layers[: model.config.num_hidden_layers + 1 + layer]
+            with (folder / f"fairseq{layer}.f32").open("wb") as stream, torch.no_grad():
+                for path in paths:
+                    samples, _ = soundfile.read(path, dtype="float32")
+                    model(torch.from_numpy(samples)[None]).last_hidden_state[0].numpy().tofile(stream)
+
+        def work() -> float:
+            for layer in layers:
+                dump(layer)
+            return workload.seconds(folder, TRAINING)
+
+        return work
+
+    return side
+
+
+def stages(layers: list[int], precision: str, *, cached: bool = False) -> sides.Side:
+    """The stages; cached: without the convolutions, as in every fold and seed but the first."""
+
+    def side(folder: Path) -> sides.Work:
+        from gmp_atl.stages.layer_features import layer_features
+        from gmp_atl.stages.local_features import local_features
+
+        utterances, encoder, local = folder / "training.parquet", folder / "encoder", folder / "local_features.parquet"
+        convolved = workload.setting("local_features", precision=precision)
+        transformed = workload.setting("layer_features", precision=precision)
+        write_training(folder)
+
+        def convolve() -> None:
+            local_features(
+                config=convolved, utterances=utterances, audio_root=folder / "audio", encoder=encoder, output=local
+            )
+
+        def work() -> float:
+            if not cached:
+                convolve()
+            outputs = [folder / f"{precision}{layer}.parquet" for layer in layers]
+            layer_features(
+                config=transformed,
+                utterances=utterances,
+                local_features=local,
+                encoder=encoder,
+                fold=1,
+                layers=layers,
+                outputs=outputs,
+            )
+            return workload.seconds(folder, TRAINING)
+
+        if cached:
+            convolve()
+        return work
+
+    return side
+
+
+def write_training(folder: Path) -> None:
+    """The utterance table without the held-out session, so that the convolutions, too, run over what the peer runs."""
+    import pyarrow.compute as pc
+
+    from gmp_atl.formats import UTTERANCES
+
+    table, header = UTTERANCES.read(folder / "utterances.parquet")
+    kept = table.filter(pc.field("session") != "Ses01")
+    header = {key: header[key] for key in UTTERANCES.metadata}
+    UTTERANCES.write(folder / "training.parquet", kept, **header)
+
+
+SIDES = {
+    "fairseq, 8 layers": fairseq(workload.LAYERS),
+    "fairseq, layer -3": fairseq([-3]),
+    "stages, 8 layers, float32": stages(workload.LAYERS, "float32"),
+    "stages, 8 layers, bfloat16": stages(workload.LAYERS, "bfloat16"),
+    "stages, 8 layers, float32, cached": stages(workload.LAYERS, "float32", cached=True),
+    "stages, 8 layers, bfloat16, cached": stages(workload.LAYERS, "bfloat16", cached=True),
+    "stages, layer -3, float32": stages([-3], "float32"),
+    "stages, layer -3, bfloat16": stages([-3], "bfloat16"),
+}
+COMPARISONS = [
+    sides.Comparison("8 layers, bfloat16", "stages, 8 layers, bfloat16", "fairseq, 8 layers", 12),
+    sides.Comparison("8 layers, float32", "stages, 8 layers, float32", "fairseq, 8 layers", 6),
+    sides.Comparison("8 layers, bfloat16, cached", "stages, 8 layers, bfloat16, cached", "fairseq, 8 layers", 18),
+    sides.Comparison("8 layers, float32, cached", "stages, 8 layers, float32, cached", "fairseq, 8 layers", 9),
+    sides.Comparison("layer -3, bfloat16", "stages, layer -3, bfloat16", "fairseq, layer -3", 2),
+    sides.Comparison("layer -3, float32", "stages, layer -3, float32", "fairseq, layer -3", 1.2),
+]
+
+
+def accuracy(folder: Path) -> None:
+    """Print per precision and layer the smallest cosine similarity of a frame to fairseq's way."""
+    from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, read_features
+
+    ids = UTTERANCES.read(folder / "training.parquet")[0]["id"].to_pylist()
+    print("\n| Layer | float32: 1 - smallest cosine similarity of a frame | bfloat16 |\n|---:|---:|---:|")
+    for layer in workload.LAYERS:
+        theirs = np.fromfile(folder / f"fairseq{layer}.f32", np.float32).reshape(-1, workload.DIMENSIONS)
+        found = []
+        for precision in ("float32", "bfloat16"):
+            clips, _ = read_features(LAYER_FEATURES, folder / f"{precision}{layer}.parquet", ids)
+            ours = np.concatenate([clips[utterance] for utterance in ids]).astype(np.float64)
+            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            found.append(1 - ((ours * theirs).sum(axis=1) / norms).min())
+        print(f"| {layer} | {found[0]:.1e} | {found[1]:.1e} |")
+
+
+if __name__ == "__main__":
+    sides.main(__file__, "Seconds of audio", SIDES, COMPARISONS, prepare, accuracy)

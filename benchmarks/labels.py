@@ -1,0 +1,102 @@
+"""Labels of three codebooks for every frame: the last pass of `clustering`, against fairseq's `dump_km_label.py`.
+
+    python benchmarks/labels.py
+
+fairseq's way runs once per codebook: utterance by utterance in NumPy, distances of all centroids, one line of text.
+Ours labels a LAYER_FEATURES file in blocks and writes a PSEUDO_LABELS file per codebook.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import sides
+import workload
+
+SIZES = (64, 512, 4096)
+SECONDS = 400.0
+"""Of speech: 20,000 frames."""
+
+
+def prepare(folder: Path) -> None:
+    """Frames around random centres, as one array for fairseq and as one Parquet file, and codebooks of such frames."""
+    from gmp_atl.formats import LAYER_FEATURES, feature_rows
+
+    random = np.random.default_rng(1)
+    lengths = (workload.clip_seconds(SECONDS) * 50).astype(int)
+    frames = workload.clustered(int(lengths.sum()), random).astype(np.float16)
+    np.save(folder / "frames.npy", frames.astype(np.float32))
+    np.save(folder / "lengths.npy", lengths)
+    clips = np.split(frames, np.cumsum(lengths)[:-1])
+    header = {"dimensions": workload.DIMENSIONS, "layer": -3, "encoder": "random", "fitted_on": []}
+    with LAYER_FEATURES.writer(folder / "frames.parquet", **header) as append:
+        append(feature_rows([f"clip{n:05d}" for n in range(len(clips))], clips))
+    for size in SIZES:
+        np.save(folder / f"codebook{size}.npy", workload.clustered(size, random))
+
+
+def fairseq(folder: Path) -> sides.Work:
+    """The peer's way."""
+    lengths = np.load(folder / "lengths.npy")
+
+    def label(size: int) -> None:
+        centroids = np.load(folder / f"codebook{size}.npy").T
+        norms = (centroids**2).sum(0, keepdims=True)
+        frames = np.load(folder / "frames.npy", mmap_mode="r")
+        with (folder / f"{size}.km").open("w", encoding="utf-8") as stream:
+            for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+                x = frames[end - length : end]
+                distances = (x**2).sum(1, keepdims=True) - 2 * np.matmul(x, centroids) + norms
+                stream.write(" ".join(map(str, distances.argmin(axis=1).tolist())) + "\n")
+
+    def work() -> float:
+        for size in SIZES:
+            label(size)
+        return float(lengths.sum())
+
+    return work
+
+
+def ours(folder: Path) -> sides.Work:
+    """A pass over the file per codebook, as the stage makes after its last update."""
+    import pyarrow as pa
+
+    from gmp_atl import kmeans
+    from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, stream_features
+
+    path = folder / "frames.parquet"
+    table, _ = LAYER_FEATURES.read(path, columns=["id", "n_frames"])
+    ids, lengths = table["id"].to_pylist(), table["n_frames"].to_numpy()
+
+    def label(size: int) -> None:
+        source = [frames for clips in stream_features(LAYER_FEATURES, path, ids) for frames in clips.values()]
+        labels = kmeans.assign(source, np.load(folder / f"codebook{size}.npy")).labels
+        rows = {"id": ids, "labels": np.split(labels, np.cumsum(lengths)[:-1])}
+        header = {"layer": -3, "size": size, "encoder": "random", "fitted_on": []}
+        with PSEUDO_LABELS.writer(folder / f"{size}.parquet", **header) as append:
+            append(pa.RecordBatch.from_pydict(rows, schema=PSEUDO_LABELS.schema))
+
+    def work() -> float:
+        for size in SIZES:
+            label(size)
+        return float(lengths.sum())
+
+    return work
+
+
+def agreement(folder: Path) -> None:
+    """Print the share of equal labels."""
+    from gmp_atl.formats import PSEUDO_LABELS
+
+    for size in SIZES:
+        table, _ = PSEUDO_LABELS.read(folder / f"{size}.parquet")
+        found = np.concatenate([each.as_py() for each in table["labels"]])
+        theirs = np.array((folder / f"{size}.km").read_text(encoding="utf-8").split(), dtype=int)
+        print(f"{size} centroids: {np.mean(found == theirs):.4%} of the labels are equal")
+
+
+COMPARISONS = [sides.Comparison("labels, three codebooks", "clustering", "fairseq", 5)]
+
+if __name__ == "__main__":
+    sides.main(__file__, "Frames", {"fairseq": fairseq, "clustering": ours}, COMPARISONS, prepare, agreement)

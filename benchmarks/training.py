@@ -1,0 +1,310 @@
+"""Updates of retraining and fine-tuning, and an evaluation, against the way that the published code of others does it.
+
+    python benchmarks/training.py
+
+The peer's way, written anew: random batches of waveforms, padded to the longest (10 s at most); the convolutions run in
+every step, without gradients; float32; transformers' HuBERT and its mask function; in retraining, HuBERT's cosine head
+with the codeword of every class repeated for every frame; in evaluation, one clip at a time. Both sides take the same
+number of clips per update, fewer than the paper's 64: the peer's way would need more than 24 GB for those. Ours runs on
+cached local features, as in the workflow. Codebooks, labels, audio and weights are random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sides
+import workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SECONDS = 180.0
+"""Of audio in the corpus."""
+CLIPS = {"retraining": 4, "finetuning": 16}
+"""Per update: the repeated codewords of four clips take 4 GB."""
+UPDATES = {"retraining": 4, "finetuning": 2}
+"""Timed at once."""
+SIZES = (64, 512, 4096)
+CROP = 10.0
+CLASSES = 4
+
+
+def prepare(folder: Path) -> None:
+    """Audio, weights and local features in both precisions."""
+    from gmp_atl.stages.local_features import local_features
+
+    workload.write_corpus(folder, SECONDS)
+    workload.write_encoder(folder)
+    local_features(
+        config=workload.setting("local_features"),
+        utterances=folder / "utterances.parquet",
+        audio_root=folder / "audio",
+        encoder=folder / "encoder",
+        output=folder / "local_features.parquet",
+    )
+
+
+# The peer's way.
+
+
+class Peer:
+    """transformers' HuBERT with a head, on waveforms."""
+
+    def __init__(self, folder: Path, head: torch.nn.Module) -> None:
+        import soundfile
+        import torch
+        from transformers import HubertModel
+
+        self.waves = [soundfile.read(path, dtype="float32")[0] for path in sorted((folder / "audio").iterdir())]
+        self.model = HubertModel.from_pretrained(folder / "transformers")
+        self.model.feature_extractor.requires_grad_(False)
+        self.head = head
+        self.parameters = [p for p in [*self.model.parameters(), *head.parameters()] if p.requires_grad]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=1e-4)
+        self.random = np.random.default_rng(0)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Waveforms, padded, and the samples of each, without end."""
+        import torch
+
+        longest = round(CROP * 16_000)
+        while True:
+            chosen = [self.waves[n][:longest] for n in self.random.choice(len(self.waves), size, replace=False)]
+            samples = torch.tensor([len(wave) for wave in chosen])
+            padded = torch.zeros(size, int(samples.max()))
+            for row, wave in zip(padded, chosen, strict=True):
+                row[: len(wave)] = torch.from_numpy(wave)
+            yield padded, samples
+
+    def hidden(self, padded: Tensor, samples: Tensor, mask: Tensor | None) -> Tensor:
+        """Last layer: (batch, frames, 768)."""
+        import torch
+
+        valid = (torch.arange(padded.shape[1]) < samples[:, None]).long()
+        return self.model(padded, attention_mask=valid, mask_time_indices=mask).last_hidden_state
+
+    def update(self, loss: Tensor) -> None:
+        """One step of Adam."""
+        import torch
+
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+
+
+def peer_retraining(folder: Path) -> sides.Work:
+    """Masked prediction with repeated codewords."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    from transformers.models.hubert.modeling_hubert import _compute_mask_indices
+
+    from gmp_atl.encoder import n_frames
+
+    heads = nn.ModuleList(nn.Linear(workload.DIMENSIONS, 256) for _ in SIZES)
+    codebooks = nn.ParameterList(torch.randn(size, 256) for size in SIZES)
+    peer = Peer(folder, nn.ModuleList([heads, codebooks]))
+    peer.model.train()
+    batches = peer.batches(CLIPS["retraining"])
+
+    def step() -> float:
+        padded, samples = next(batches)
+        lengths = torch.tensor([n_frames(int(count)) for count in samples])
+        shape = (len(samples), int(lengths.max()))
+        valid = torch.arange(shape[1]) < lengths[:, None]
+        drawn = _compute_mask_indices(shape, 0.8, 10, valid.long(), min_masks=1)  # type: ignore[arg-type]
+        mask = torch.from_numpy(drawn)
+        masked = peer.hidden(padded, samples, mask)[mask & valid]
+        loss = torch.zeros(())
+        for head, codewords, size in zip(heads, codebooks, SIZES, strict=True):
+            targets = torch.randint(size, (len(masked),))
+            repeated = codewords[:, None].expand(-1, len(masked), -1).contiguous()
+            logits = F.cosine_similarity(head(masked)[None], repeated, dim=-1).T / 0.1
+            loss = loss + F.cross_entropy(logits, targets, reduction="sum")
+        peer.update(loss / max(1, len(masked)))
+        return float(samples.sum()) / 16_000
+
+    return lambda: sum(step() for _ in range(UPDATES["retraining"]))
+
+
+def utterance_head() -> torch.nn.Module:
+    """The same on both sides."""
+    from gmp_atl.heads import UtteranceHead
+
+    return UtteranceHead(workload.DIMENSIONS, workload.setting("finetuning").head, {"emotion": CLASSES})
+
+
+def peer_finetuning(folder: Path) -> sides.Work:
+    """Cross-entropy on whole clips."""
+    import torch
+    from torch.nn import functional as F
+
+    from gmp_atl.encoder import n_frames
+
+    peer = Peer(folder, utterance_head())
+    peer.model.train()
+    batches = peer.batches(CLIPS["finetuning"])
+
+    def step() -> float:
+        padded, samples = next(batches)
+        lengths = torch.tensor([n_frames(int(count)) for count in samples])
+        logits = peer.head(peer.hidden(padded, samples, None), lengths)["emotion"]
+        peer.update(F.cross_entropy(logits, torch.randint(CLASSES, (len(samples),))))
+        return float(samples.sum()) / 16_000
+
+    return lambda: sum(step() for _ in range(UPDATES["finetuning"]))
+
+
+def peer_evaluation(folder: Path) -> sides.Work:
+    """One clip at a time, convolutions included."""
+    import torch
+
+    from gmp_atl.encoder import n_frames
+
+    peer = Peer(folder, utterance_head())
+    peer.model.train(mode=False)
+
+    @torch.no_grad()
+    def work() -> float:
+        for wave in peer.waves:
+            hidden = peer.model(torch.from_numpy(wave)[None]).last_hidden_state
+            peer.head(hidden, torch.tensor([n_frames(len(wave))]))["emotion"].softmax(1)
+        return sum(map(len, peer.waves)) / 16_000
+
+    return work
+
+
+# Ours.
+
+
+def clips(folder: Path) -> Any:
+    """Local features of the whole corpus."""
+    from gmp_atl.clips import Clips
+    from gmp_atl.folds import everything
+
+    return Clips.read(folder / "local_features.parquet", everything(folder / "utterances.parquet"), encoder="random")
+
+
+def trainer(folder: Path, model: torch.nn.Module, objective: Any, kind: str, precision: str) -> sides.Work:
+    """Updates of the workflow's training loop."""
+    import torch
+
+    from gmp_atl.config import OptimisationConfig
+    from gmp_atl.randomness import Key
+    from gmp_atl.training import Trainer
+
+    made = Trainer(
+        model,
+        objective,
+        clips(folder),
+        config=OptimisationConfig(batch_size=CLIPS[kind], max_clip_seconds=CROP),
+        compute=workload.setting("finetuning", precision=precision).compute,
+        key=Key(0, 1, "benchmark"),
+        device=torch.device("cpu"),
+        checkpoint=folder / "checkpoint.safetensors",
+        fingerprint="benchmark",
+        updates=1000,
+    )
+    model.train()
+    return lambda: sum(made._update() for _ in range(UPDATES[kind]))
+
+
+def retraining(precision: str) -> sides.Side:
+    """Stage 3."""
+
+    def side(folder: Path) -> sides.Work:
+        from gmp_atl import encoder as encoders
+        from gmp_atl.encoder import Regularisation
+        from gmp_atl.masking import span_mask
+        from gmp_atl.stages.retraining import MaskedPredictor, masked_prediction
+
+        settings = workload.setting("retraining").retraining
+        encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
+        model = MaskedPredictor(encoder, settings, list(SIZES))
+        random = np.random.default_rng(0)
+        labels = {
+            size: [random.integers(0, size, n).astype(np.uint16) for n in clips(folder).lengths] for size in SIZES
+        }
+
+        def objective(batch: Any, generator: torch.Generator) -> Any:
+            mask = span_mask(batch.lengths, settings.mask.probability, settings.mask.length, generator)
+            return masked_prediction(model, batch, mask, labels, 0.0)
+
+        return trainer(folder, model, objective, "retraining", precision)
+
+    return side
+
+
+def finetuning(precision: str) -> sides.Side:
+    """Stage 4, with cross-entropy."""
+
+    def side(folder: Path) -> sides.Work:
+        import torch
+        from torch.nn import functional as F
+
+        from gmp_atl import encoder as encoders
+        from gmp_atl.classifier import Classifier
+        from gmp_atl.encoder import Regularisation
+        from gmp_atl.training import Terms
+
+        encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
+        model = Classifier(encoder, workload.setting("finetuning").head, {"emotion": CLASSES})
+
+        def objective(batch: Any, _: torch.Generator) -> Terms:
+            count = len(batch.indices)
+            loss = F.cross_entropy(model(batch)["emotion"], torch.randint(CLASSES, (count,)), reduction="sum")
+            return Terms(loss, count)
+
+        return trainer(folder, model, objective, "finetuning", precision)
+
+    return side
+
+
+def evaluation(precision: str) -> sides.Side:
+    """Stage 5."""
+
+    def side(folder: Path) -> sides.Work:
+        import torch
+
+        from gmp_atl import classifier, devices
+        from gmp_atl import encoder as encoders
+
+        compute, device = workload.setting("evaluation", precision=precision).compute, torch.device("cpu")
+        encoder, _ = encoders.load(folder / "encoder")
+        model = classifier.Classifier(encoder, workload.setting("evaluation").head, {"emotion": CLASSES}).eval()
+        model.encoder.to(devices.dtype(precision, device))
+
+        def work() -> float:
+            classifier.apply(model, clips(folder), "emotion", compute, device)
+            return workload.seconds(folder)
+
+        return work
+
+    return side
+
+
+SIDES = {
+    "retraining, peer": peer_retraining,
+    "retraining, float32": retraining("float32"),
+    "retraining, bfloat16": retraining("bfloat16"),
+    "fine-tuning, peer": peer_finetuning,
+    "fine-tuning, float32": finetuning("float32"),
+    "fine-tuning, bfloat16": finetuning("bfloat16"),
+    "evaluation, peer": peer_evaluation,
+    "evaluation, float32": evaluation("float32"),
+    "evaluation, bfloat16": evaluation("bfloat16"),
+}
+COMPARISONS = [
+    sides.Comparison(f"{work}, {precision}", f"{work}, {precision}", f"{work}, peer", goal)
+    for work, goal in (("retraining", 3), ("fine-tuning", 2.5), ("evaluation", 2))
+    for precision in ("bfloat16", "float32")
+]
+
+if __name__ == "__main__":
+    sides.main(__file__, "Seconds of audio", SIDES, COMPARISONS, prepare)

@@ -1,0 +1,92 @@
+"""What the benchmarks work on: clips as long as IEMOCAP's, HuBERT base with random weights, frames in clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+MEDIAN_SECONDS, MEAN_SECONDS = 3.6, 4.55
+SHORTEST, LONGEST = 0.6, 34.0
+"""Of IEMOCAP's utterances."""
+LAYERS = [-1, -2, -3, -4, -5, -6, -7, -8]
+"""Of Table 4."""
+DIMENSIONS = 768
+"""Of HuBERT base's hidden states."""
+
+
+def clip_seconds(total: float, seed: int = 0) -> np.ndarray:
+    """Lengths of clips, log-normal with IEMOCAP's median and mean, that last `total` seconds or little more."""
+    sigma = np.sqrt(2 * np.log(MEAN_SECONDS / MEDIAN_SECONDS))
+    random = np.random.default_rng(seed)
+    drawn = np.clip(MEDIAN_SECONDS * np.exp(sigma * random.standard_normal(100_000)), SHORTEST, LONGEST)
+    return drawn[: 1 + int(np.searchsorted(np.cumsum(drawn), total))]
+
+
+def clustered(n_frames: int, random: np.random.Generator, n_centres: int = 5000) -> np.ndarray:
+    """Frames around common centres, (n_frames, DIMENSIONS) in float32: more clusters than any codebook has centroids.
+
+    A centre is itself near one of 40 others, as sounds are near phones; half of the variance is within clusters.
+    """
+    of_centres = np.random.default_rng(0)
+    phones = of_centres.normal(size=(40, DIMENSIONS))
+    centres = 0.5 * phones[of_centres.integers(0, 40, n_centres)] + 0.5 * of_centres.normal(
+        size=(n_centres, DIMENSIONS)
+    )
+    noise = random.standard_normal((n_frames, DIMENSIONS), np.float32)
+    return centres.astype(np.float32)[random.integers(0, n_centres, n_frames)] + 0.7 * noise
+
+
+def write_corpus(folder: Path, total: float) -> None:
+    """WAV files of noise and their utterance table, a fifth of them in each of IEMOCAP's sessions."""
+    import pyarrow as pa
+    import soundfile
+
+    from gmp_atl.formats import UTTERANCES
+
+    random = np.random.default_rng(1)
+    rows = []
+    (folder / "audio").mkdir(parents=True)
+    for number, seconds in enumerate(clip_seconds(total)):
+        samples = random.normal(0, 0.1, round(seconds * 16_000))
+        path = f"{number:05d}.wav"
+        soundfile.write(folder / "audio" / path, samples, 16_000, subtype="PCM_16")
+        session, emotion = f"Ses0{number % 5 + 1}", ("angry", "happy", "neutral", "sad")[number // 5 % 4]
+        rows.append(
+            {"id": f"clip{number:05d}", "path": path, "speaker": session, "gender": "female", "session": session}
+            | {"emotion": emotion, "n_samples": len(samples), "text_type": ""}
+        )
+    table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
+    UTTERANCES.write(folder / "utterances.parquet", table, corpus="noise", complete=True, audio="noise")
+
+
+def write_encoder(folder: Path) -> None:
+    """HuBERT base, weights as transformers draws them, in `folder/encoder`."""
+    import torch
+    from transformers import HubertConfig, HubertModel
+
+    from gmp_atl import encoder as encoders
+
+    torch.manual_seed(0)
+    HubertModel(HubertConfig()).save_pretrained(folder / "transformers")
+    encoder, _ = encoders.load(folder / "transformers")
+    encoders.save(encoder, folder / "encoder", encoder="random", fitted_on=[])
+
+
+def setting(stage: str, **compute: Any) -> Any:
+    """What `stage` reads of the paper's config, with changes of `compute`."""
+    from gmp_atl import config as configs
+
+    settings = yaml.safe_load((Path(__file__).parent.parent / "config.yaml").read_text(encoding="utf-8"))
+    settings["compute"] |= compute
+    return configs.SLICES[stage].model_validate(configs.slice_for(configs.parse(settings), stage))
+
+
+def seconds(folder: Path, sessions: str = "12345") -> float:
+    """Of audio in the corpus, or in some sessions of it."""
+    from gmp_atl.formats import UTTERANCES
+
+    table, _ = UTTERANCES.read(folder / "utterances.parquet", columns=["session", "n_samples"])
+    return sum(row["n_samples"] for row in table.to_pylist() if row["session"][-1] in sessions) / 16_000
