@@ -110,5 +110,5 @@ def test_tables_are_those_of_a_run_without_conda(
     folder = tmp_path_factory.mktemp("without")
     snakemake(folder, f"{Path(sys.executable).parent}:/usr/bin:/bin")
     tables = {path.name: path.read_text() for path in (folder / "results/tiny/tables").glob("*.csv")}
-    assert len(tables) == 4
+    assert {"table1.csv", "table2.csv", "table3.csv", "table4.csv"} <= tables.keys()
     assert {path.name: path.read_text() for path in (inside[0] / "results/tiny/tables").glob("*.csv")} == tables
