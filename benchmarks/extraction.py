@@ -4,8 +4,8 @@
 
 fairseq's `dump_hubert_feature.py` runs once per layer: single clips in float32, the encoder cut off after that layer,
 the frames appended to one array file. It is written anew here on transformers' HuBERT, since fairseq does not install
-under this Python. All sides read the same WAV files of noise, and the same random weights. `layer_features` opens the
-training clips of the fold alone, four fifths; both sides' rates are of the audio that went through.
+under this Python. All sides read the same WAV files of noise, and the same random weights. So that all go over the same
+clips, `layer_features` is set to those of every session (`clustering.fit_on: all`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ import workload
 
 SECONDS = 75.0
 """Of audio, about: fairseq's way takes minutes for that on two cores."""
-TRAINING = "2345"
-"""Sessions of fold 1."""
 
 
 def prepare(folder: Path) -> None:
-    """Audio and weights; fairseq's list of files is that of the training clips, so that both do the same work."""
+    """Audio and weights."""
     workload.write_corpus(folder, SECONDS)
     workload.write_encoder(folder)
 
@@ -36,20 +34,18 @@ def fairseq(layers: list[int]) -> sides.Side:
         import torch
         from transformers import HubertModel
 
-        paths = [path for path in sorted((folder / "audio").iterdir()) if int(path.stem) % 5 + 1 != 1]
-
         def dump(layer: int) -> None:
             model = HubertModel.from_pretrained(folder / "transformers").train(mode=False)
             model.encoder.layers = model.encoder.layers[: model.config.num_hidden_layers + 1 + layer]
             with (folder / f"fairseq{layer}.f32").open("wb") as stream, torch.no_grad():
-                for path in paths:
+                for path in sorted((folder / "audio").iterdir()):
                     samples, _ = soundfile.read(path, dtype="float32")
                     model(torch.from_numpy(samples)[None]).last_hidden_state[0].numpy().tofile(stream)
 
         def work() -> float:
             for layer in layers:
                 dump(layer)
-            return workload.seconds(folder, TRAINING)
+            return workload.seconds(folder)
 
         return work
 
@@ -63,10 +59,13 @@ def stages(layers: list[int], precision: str, *, cached: bool = False) -> sides.
         from gmp_atl.stages.layer_features import layer_features
         from gmp_atl.stages.local_features import local_features
 
-        utterances, encoder, local = folder / "training.parquet", folder / "encoder", folder / "local_features.parquet"
-        convolved = workload.setting("local_features", precision=precision)
-        transformed = workload.setting("layer_features", precision=precision)
-        write_training(folder)
+        utterances, encoder, local = (
+            folder / "utterances.parquet",
+            folder / "encoder",
+            folder / "local_features.parquet",
+        )
+        convolved = workload.setting("local_features", precision)
+        transformed = workload.setting("layer_features", precision, fit_on="all")
 
         def convolve() -> None:
             local_features(
@@ -86,25 +85,13 @@ def stages(layers: list[int], precision: str, *, cached: bool = False) -> sides.
                 layers=layers,
                 outputs=outputs,
             )
-            return workload.seconds(folder, TRAINING)
+            return workload.seconds(folder)
 
         if cached:
             convolve()
         return work
 
     return side
-
-
-def write_training(folder: Path) -> None:
-    """The utterance table without the held-out session, so that the convolutions, too, run over what the peer runs."""
-    import pyarrow.compute as pc
-
-    from gmp_atl.formats import UTTERANCES
-
-    table, header = UTTERANCES.read(folder / "utterances.parquet")
-    kept = table.filter(pc.field("session") != "Ses01")
-    header = {key: header[key] for key in UTTERANCES.metadata}
-    UTTERANCES.write(folder / "training.parquet", kept, **header)
 
 
 SIDES = {
@@ -131,7 +118,7 @@ def accuracy(folder: Path) -> None:
     """Print per precision and layer the smallest cosine similarity of a frame to fairseq's way."""
     from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, read_features
 
-    ids = UTTERANCES.read(folder / "training.parquet")[0]["id"].to_pylist()
+    ids = UTTERANCES.read(folder / "utterances.parquet")[0]["id"].to_pylist()
     print("\n| Layer | float32: 1 - smallest cosine similarity of a frame | bfloat16 |\n|---:|---:|---:|")
     for layer in workload.LAYERS:
         theirs = np.fromfile(folder / f"fairseq{layer}.f32", np.float32).reshape(-1, workload.DIMENSIONS)

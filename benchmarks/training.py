@@ -204,7 +204,7 @@ def trainer(folder: Path, model: torch.nn.Module, objective: Any, kind: str, pre
         objective,
         clips(folder),
         config=OptimisationConfig(batch_size=CLIPS[kind], max_clip_seconds=CROP),
-        compute=workload.setting("finetuning", precision=precision).compute,
+        compute=workload.setting("finetuning", precision).compute,
         key=Key(0, 1, "benchmark"),
         device=torch.device("cpu"),
         checkpoint=folder / "checkpoint.safetensors",
@@ -275,7 +275,7 @@ def evaluation(precision: str) -> sides.Side:
         from gmp_atl import classifier, devices
         from gmp_atl import encoder as encoders
 
-        compute, device = workload.setting("evaluation", precision=precision).compute, torch.device("cpu")
+        compute, device = workload.setting("evaluation", precision).compute, torch.device("cpu")
         encoder, _ = encoders.load(folder / "encoder")
         model = classifier.Classifier(encoder, workload.setting("evaluation").head, {"emotion": CLASSES}).eval()
         model.encoder.to(devices.dtype(precision, device))

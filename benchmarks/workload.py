@@ -75,18 +75,18 @@ def write_encoder(folder: Path) -> None:
     encoders.save(encoder, folder / "encoder", encoder="random", fitted_on=[])
 
 
-def setting(stage: str, **compute: Any) -> Any:
-    """What `stage` reads of the paper's config, with changes of `compute`."""
+def setting(stage: str, precision: str = "auto", fit_on: str = "training") -> Any:
+    """What `stage` reads of the paper's config, with these changes."""
     from gmp_atl import config as configs
 
     settings = yaml.safe_load((Path(__file__).parent.parent / "config.yaml").read_text(encoding="utf-8"))
-    settings["compute"] |= compute
+    settings["compute"]["precision"], settings["clustering"]["fit_on"] = precision, fit_on
     return configs.SLICES[stage].model_validate(configs.slice_for(configs.parse(settings), stage))
 
 
-def seconds(folder: Path, sessions: str = "12345") -> float:
-    """Of audio in the corpus, or in some sessions of it."""
+def seconds(folder: Path) -> float:
+    """Of audio in the corpus."""
     from gmp_atl.formats import UTTERANCES
 
-    table, _ = UTTERANCES.read(folder / "utterances.parquet", columns=["session", "n_samples"])
-    return sum(row["n_samples"] for row in table.to_pylist() if row["session"][-1] in sessions) / 16_000
+    table, _ = UTTERANCES.read(folder / "utterances.parquet", columns=["n_samples"])
+    return sum(table["n_samples"].to_pylist()) / 16_000
