@@ -1,4 +1,4 @@
-"""A table as CSV, Markdown and LaTeX, from one description; and the tables of a run in the terminal."""
+"""A table as CSV, Markdown, HTML and LaTeX, from one description; and the tables of a run in the terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from gmp_atl.errors import UserError
 
-SHOWN = ("table1", "table2", "table3", "table4", "effects")
+SHOWN = ("table1", "table2", "table3", "table4", "effects", "claims")
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -21,6 +22,16 @@ _LATEX = {
     "×": r"$\times$",
     "−": "$-$",
 }
+_STYLE = """\
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; margin: 1.5rem; }
+h1 { font-size: 1.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ccc; text-align: left; }
+thead th { border-bottom: 2px solid #111; position: sticky; top: 0; background: #fff; vertical-align: bottom; }
+tbody tr:hover { background: #f2f2f2; }
+.figure { text-align: right; white-space: nowrap; }
+ul { padding-left: 1.2rem; color: #444; font-size: 0.85rem; max-width: 60rem; }
+"""
 _WIDTH = 120
 """Columns of text below which the widest table would lose digits."""
 _FIGURE = re.compile(r"[-+]?\d|-$|n/a|none|not run|\[")
@@ -75,6 +86,29 @@ class Table:
         notices = [f"\n**{notice}**" for notice in self.notices]
         footer = [f"- {line}" for line in self.footer]
         return "\n".join([f"### {self.caption}", *notices, "", *lines, "", *footer]) + "\n"
+
+    def html(self) -> str:
+        """A page that needs nothing else."""
+        headings, body = self._texts()
+        kinds = [' class="figure"' if _holds_figures(column) else "" for column in zip(*body, strict=True)]
+
+        def row(tag: str, texts: Sequence[str]) -> str:
+            cells = (f"<{tag}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
+            return f"<tr>{''.join(cells)}</tr>"
+
+        return "\n".join(
+            [
+                '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">',
+                f"<title>{escape(self.caption)}</title>\n<style>\n{_STYLE}</style>",
+                f"<h1>{escape(self.caption)}</h1>",
+                *(f"<p><strong>{escape(notice)}</strong></p>" for notice in self.notices),
+                f"<table>\n<thead>{row('th', headings)}</thead>\n<tbody>",
+                *(row("td", texts) for texts in body),
+                "</tbody>\n</table>\n<ul>",
+                *(f"<li>{escape(line)}</li>" for line in self.footer),
+                "</ul>\n</html>\n",
+            ]
+        )
 
     def latex(self) -> str:
         """A floating table; needs the package booktabs."""

@@ -7,6 +7,7 @@ points on IEMOCAP), seeds by chance alone (about 0.6 points of a five-fold mean)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,19 @@ class Difference:
     """Paired over seeds (their means over all folds); None with fewer than two complete seeds."""
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What differences per fold and seed say of their mean being above or below a margin."""
+
+    mean: float
+    """Over folds, of the means over seeds."""
+    interval: Interval | None
+    """Over folds; None with fewer than two."""
+    seeds: float | None
+    """With which the interval would leave out the margin, if mean and variances stayed as they are; infinite where
+    the folds differ too much for any number of seeds; None where one seed cannot tell."""
+
+
 def summarise(grid: pd.DataFrame) -> Summary:
     """Mean and spreads of a grid."""
     folds = _means_of_folds(grid)
@@ -69,6 +83,36 @@ def paired_difference(treated: pd.DataFrame, reference: pd.DataFrame) -> Differe
     if folds.empty:
         return None
     return Difference(float(folds.mean()), t_interval(folds), t_interval(_means_of_seeds(differences)))
+
+
+def evidence(differences: pd.DataFrame, margin: float, confidence: float) -> Evidence | None:
+    """Differences, folds x seeds, held against a margin; None where there is none."""
+    folds = _means_of_folds(differences)
+    if folds.empty:
+        return None
+    seeds = _seeds_to_decide(differences.loc[folds.index], margin, confidence)
+    return Evidence(float(folds.mean()), t_interval(folds, confidence), seeds)
+
+
+def _seeds_to_decide(differences: pd.DataFrame, margin: float, confidence: float) -> float | None:
+    """Seeds are nested in folds, so that a fold's mean over S seeds has the variance between + within / S."""
+    folds, counts = _means_of_folds(differences), differences.count(axis="columns")
+    n, most = len(folds), int(counts.max())
+    if n < 2:
+        return None
+    observed = float(folds.var(ddof=1))
+    # The variance of the folds' means at which the interval would just touch the margin.
+    bearable = n * ((folds.mean() - margin) / stdtrit(n - 1, (1 + confidence) / 2)) ** 2
+    if most < 2:
+        return 1 if observed < bearable else None
+    residuals = differences.sub(folds, axis="index").to_numpy()
+    within = float(np.nansum(residuals**2) / (counts - 1).sum())
+    between = max(0.0, observed - within * float((1 / counts).mean()))
+    if between >= bearable:
+        return math.inf
+    needed = math.floor(within / (bearable - between)) + 1
+    # Where chance made the folds agree better than their seeds do, the interval may be decided already.
+    return min(needed, most) if observed < bearable else needed
 
 
 def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval | None:

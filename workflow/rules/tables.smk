@@ -1,6 +1,6 @@
 # Evaluations -> tables and figures: no audio, features, checkpoints or torch.
 PAPER_TABLES = [f"table{number}" for number in sorted(CONFIG.tables.numbers)]
-RUN_TABLES = ["effects", "per_fold", "per_session", "confusion"] + ["clusters"] * bool(GMPS)
+RUN_TABLES = ["claims", "effects", "per_fold", "per_session", "confusion"] + ["clusters"] * bool(GMPS)
 RUN_TABLES += ["ablations"] * bool(CONFIG.ablations)
 
 
@@ -9,7 +9,7 @@ rule tables:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
     output:
-        expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md"]),
+        expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md", "html"]),
         expand("<results>/tables/{table}.tex", table=PAPER_TABLES),
         provenance="<logs>/tables.json",
     log:

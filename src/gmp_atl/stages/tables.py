@@ -8,6 +8,7 @@ the seeds (means over folds). Nothing here is dated, and equal evaluations give 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from gmp_atl import paper
+from gmp_atl.claims import claims
 from gmp_atl.config import Config
 from gmp_atl.evaluations import (
     BASELINE,
@@ -37,7 +39,7 @@ from gmp_atl.evaluations import (
 from gmp_atl.formats import Output, write_text
 from gmp_atl.metrics import confusion
 from gmp_atl.rendering import Cell, Table
-from gmp_atl.statistics import Difference, Interval, Summary, paired_difference, summarise
+from gmp_atl.statistics import Difference, Evidence, Interval, Summary, paired_difference, summarise
 
 NOT_RUN = "not run"
 NONE = "n/a"
@@ -53,8 +55,8 @@ def tables(*, config: Config, evaluations: Path, output: Output) -> None:
     Args:
         config: The whole config.
         evaluations: Folder with `corpus.parquet` and, below it, the predictions and cluster statistics.
-        output: Gets `table1` ... `table4`, as far as asked for, as .csv, .md and .tex; as .csv and .md
-            `effects`, `per_fold`, `per_session`, `confusion` (long, and a matrix of the main row),
+        output: Gets `table1` ... `table4`, as far as asked for, as .csv, .md, .html and .tex; without .tex
+            `claims`, `effects`, `per_fold`, `per_session`, `confusion` (long, and a matrix of the main row),
             `ablations` where the config has some, and `clusters` where there are cluster statistics.
 
     Raises:
@@ -63,19 +65,19 @@ def tables(*, config: Config, evaluations: Path, output: Output) -> None:
     run = load(config, evaluations)
     papers = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}
     for number in sorted(set(config.tables.numbers)):
-        _write(papers[number](run), output, "csv", "md", "tex")
-    for table in (_effects(run), _per_fold(run), _per_session(run)):
-        _write(table, output, "csv", "md")
+        _write(papers[number](run), output, "csv", "md", "html", "tex")
+    for table in (_claims(run), _effects(run), _per_fold(run), _per_session(run)):
+        _write(table, output, "csv", "md", "html")
     _write(_confusion_counts(run), output, "csv")
-    _write(_confusion_matrix(run), output, "md")
+    _write(_confusion_matrix(run), output, "md", "html")
     if config.ablations:
-        _write(_ablations(run), output, "csv", "md")
+        _write(_ablations(run), output, "csv", "md", "html")
     if not run.clusters.empty:
-        _write(_clusters(run), output, "csv", "md")
+        _write(_clusters(run), output, "csv", "md", "html")
 
 
 def _write(table: Table, output: Path, *suffixes: str) -> None:
-    renderings = {"csv": table.csv, "md": table.markdown, "tex": table.latex}
+    renderings = {"csv": table.csv, "md": table.markdown, "html": table.html, "tex": table.latex}
     for suffix in suffixes:
         write_text(output / f"{table.name}.{suffix}", renderings[suffix]())
 
@@ -167,6 +169,42 @@ def _table_4(run: Evaluations) -> Table:
         *origin(run),
     ]
     return Table("table4", "Table 4: The effect of the layer of the GMPs", rows, _not_comparable(run), footer)
+
+
+def _claims(run: Evaluations) -> Table:
+    rows: list[Row] = [
+        {
+            "Claim": claim.label,
+            "Comparison": comparison.label,
+            "Paper": _signed(comparison.published),
+            "Margin": _signed(claim.margin),
+            **_evidence(comparison.evidence),
+            "Comparison is": comparison.verdict.value,
+            "Claim is": claim.verdict.value,
+        }
+        for claim in claims(run)
+        for comparison in claim.comparisons
+    ]
+    footer = [
+        f"Verdicts are about this run on {run.corpus.name}; the column Paper is the paper's evidence, on IEMOCAP.",
+        "Points of UAR: mean over folds of paired differences (means over seeds), or less the published mean.",
+        "Intervals: t over n folds, simultaneous for the comparisons of a claim: each of k has 1 - 0.05/k.",
+        "A comparison is supported if its whole interval is above the margin, not supported if it is below.",
+        "A claim is supported if all its comparisons are, not supported if one is not; else one cannot tell yet.",
+        "Seeds: per fold, that would decide if effect and variances stay; none: folds differ too much for any number.",
+        *origin(run),
+    ]
+    return Table("claims", "Claims of the paper, and what this run says of them", rows, _not_comparable(run), footer)
+
+
+def _evidence(found: Evidence | None) -> dict[str, str | Cell]:
+    seeds_ = found.seeds if found else None
+    text = NONE if seeds_ is None else "none" if math.isinf(seeds_) else str(seeds_)
+    return {
+        "This run": _signed(found.mean if found else None),
+        "Interval over folds": _interval("folds", found.interval if found else None),
+        "Seeds": Cell(text, {"seeds_needed": "inf" if text == "none" else text}),
+    }
 
 
 def _effects(run: Evaluations) -> Table:
