@@ -400,6 +400,10 @@ def test_a_run_that_is_stopped_in_any_way_goes_on_and_ends_with_the_same_tables(
     made, expected = run.results, finished / "results/tiny"
     weights = f"{run.job}/model.safetensors"
     assert (made / weights).read_bytes() == (expected / weights).read_bytes()
+    predictions = sorted(made.glob("evaluations/main/**/predictions.parquet"))
+    assert len(predictions) == 2
+    for path in predictions:
+        assert path.read_bytes() == (expected / path.relative_to(made)).read_bytes()
     # Their configs differ in which tables they ask for.
     table, wanted = (
         [line for line in (each / "tables/table2.csv").read_text().splitlines() if not line.startswith("# Config:")]
