@@ -109,3 +109,14 @@ def test_clusters_that_lie_apart_are_all_found():
     initial = kmeans.initial_centroids([frames], 6000, 30, random)
     _, assignment = kmeans.lloyd([frames], initial, 20)
     assert assignment.inertia / 6000 == pytest.approx(8, rel=0.05)
+
+
+def test_sums_of_clusters_are_kept_by_the_frames_that_move():
+    """As if they were added up anew in each iteration, within rounding."""
+    frames = blobs(3000, seed=3, dimensions=20, centres=40)
+    centroids = frames[:50]
+    for _ in range(12):
+        labels = ((frames[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1)
+        centroids = np.stack([frames[labels == n].mean(axis=0, dtype=float) for n in range(50)]).astype("f4")
+    found, _ = kmeans.lloyd([frames], frames[:50], 12)
+    np.testing.assert_allclose(found, centroids, atol=1e-5)

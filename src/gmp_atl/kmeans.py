@@ -49,13 +49,14 @@ def lloyd(
     """
     search = _Search(initial.shape[1], gpus)
     centroids, before = np.ascontiguousarray(initial, dtype=np.float32), None
+    sums = np.zeros(centroids.shape)
     for _ in range(iterations):
-        assignment, sums = _pass(frames, search, centroids)
+        assignment = _pass(frames, search, centroids, before, sums)
         if before is not None and np.array_equal(before, assignment.labels):
             return centroids, assignment
         before = assignment.labels
         centroids = _means(sums, np.bincount(before, minlength=len(centroids)))
-    return centroids, _pass(frames, search, centroids)[0]
+    return centroids, _pass(frames, search, centroids)
 
 
 def assign(frames: Iterable[np.ndarray], centroids: np.ndarray, gpus: int = 0) -> Assignment:
@@ -127,18 +128,40 @@ class _Search:
         return distances[:, 0], labels[:, 0]
 
 
-def _pass(frames: Iterable[np.ndarray], search: _Search, centroids: np.ndarray) -> tuple[Assignment, np.ndarray]:
-    """Assign every frame, and add up those of each centroid: (size, dimensions) in float64."""
+def _pass(
+    frames: Iterable[np.ndarray],
+    search: _Search,
+    centroids: np.ndarray,
+    before: np.ndarray | None = None,
+    sums: np.ndarray | None = None,
+) -> Assignment:
+    """Assign every frame; `sums` of the clusters, (size, dimensions), are brought from the labels `before` to these."""
     search.prepare(centroids)
-    sums, inertia, labels = np.zeros(centroids.shape), 0.0, []
+    inertia, labels, first = 0.0, [], 0
     for block in _blocks(frames, centroids.shape[1]):
         distances, nearest = search.nearest(block)
         inertia += distances.sum(dtype=np.float64)
+        if sums is not None:
+            _move(sums, block, None if before is None else before[first : first + len(block)], nearest)
         labels.append(nearest.astype(np.uint16))
-        # One column per frame with a one in the row of its centroid: 25 times as fast as np.add.reduceat.
-        one_hot = (np.ones(len(block), np.float32), nearest, np.arange(len(block) + 1))
-        sums += sparse.csc_array(one_hot, shape=(len(centroids), len(block))) @ block
-    return Assignment(np.concatenate(labels), float(inertia)), sums
+        first += len(block)
+    return Assignment(np.concatenate(labels), float(inertia))
+
+
+def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: np.ndarray) -> None:
+    """Add the frames of a block to the sums of the clusters joined, and take them from those left (None: from none).
+
+    Only frames that move are looked at: after a few iterations they are one in a hundred. In float64, so that what has
+    come and gone leaves nothing behind.
+    """
+    entries, signs = joined[:, None], [1.0]
+    if left is not None:
+        moved = np.flatnonzero(left != joined)
+        block, entries, signs = block[moved], np.stack([joined[moved], left[moved]], axis=1), [1.0, -1.0]
+    # One column per frame, with ones in the rows of its clusters: 25 times as fast as np.add.reduceat.
+    ones = np.tile(signs, len(block))
+    one_hot = (ones, entries.ravel(), np.arange(len(block) + 1) * len(signs))
+    sums += sparse.csc_array(one_hot, shape=(len(sums), len(block))) @ block.astype(np.float64)
 
 
 def _blocks(frames: Iterable[np.ndarray], dimensions: int) -> Iterator[np.ndarray]:
