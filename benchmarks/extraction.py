@@ -16,8 +16,8 @@ import numpy as np
 import sides
 import workload
 
-SECONDS = 75.0
-"""Of audio, about: fairseq's way takes minutes for that on two cores."""
+SECONDS = 40.0
+"""Of audio, about: fairseq's way takes a minute for that on two cores."""
 
 
 def prepare(folder: Path) -> None:

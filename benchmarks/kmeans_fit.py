@@ -90,7 +90,7 @@ def main(sizes: list[int]) -> None:
     )
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for size in sizes:
-        found = {name: json.loads(sides.child(__file__, name, str(size))) for name in SIDES}
+        found = {name: json.loads(sides.run(__file__, name, str(size))) for name in SIDES}
         theirs, own = found["fairseq"], found["clustering"]
         ratio = f"{theirs['seconds'] / own['seconds']:.1f} | 20 | {own['inertia'] / theirs['inertia']:.4f}"
         print(f"| {size} | {FRAMES[size]:,} | {theirs['seconds']:.1f} | {own['seconds']:.1f} | {ratio} |", flush=True)

@@ -1,9 +1,10 @@
-"""Ways of the same work side by side: each in a process of its own, with equal threads, one after another.
+"""Ways of the same work side by side: each in a process of its own, with equal threads, in turn.
 
 A benchmark is a script with a function per side. It takes the folder of inputs and returns what is timed: a function
 without arguments that does the work once, and returns how much that was (seconds of audio, frames). What comes before,
-such as imports and loading inputs, is not timed. One warm-up, then the median of some repeats; `main` starts the script
-anew for each side.
+such as imports and loading inputs, is not timed. `main` starts the script anew for each side. Sides that are compared
+warm up once and then take turns, and the ratio is the median of the turns': on a machine that is not always as fast,
+sides that run one after the other would not have met the same machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 Work = Callable[[], float]
 Side = Callable[[Path], Work]
@@ -52,6 +55,11 @@ class Measured:
         """Amount of work per second."""
         return self.amount / statistics.median(self.seconds)
 
+    def times_as_fast(self, other: Measured) -> list[float]:
+        """Ratios of the rates, turn by turn."""
+        here, there = self.amount / np.array(self.seconds), other.amount / np.array(other.seconds)
+        return sorted((here / there).tolist())
+
 
 def threads() -> int:
     """Of each side: OMP_NUM_THREADS, or every core."""
@@ -77,48 +85,86 @@ def main(
 ) -> None:
     """Measure every side and print tables; `report` looks at what they left in the folder.
 
-    With `side NAME FOLDER` on the command line, as `main` starts it for each side, measure one and print it as JSON.
+    With `side NAME FOLDER` on the command line, as `main` starts it for each side, measure one.
     """
     if sys.argv[1:2] == ["side"]:
         folder = Path(sys.argv[3])
         if sys.argv[2] == "prepare":
             prepare(folder)
         else:
-            print(json.dumps(vars(_measure(sides[sys.argv[2]](folder)))))
+            _measure(sides[sys.argv[2]](folder))
         return
     print(machine())
     with tempfile.TemporaryDirectory() as name:
-        child(script, "prepare", name)
-        found = {}
-        print(f"\n| Side | {unit} per second | slowest / fastest repeat | Peak memory, MiB |\n|---|---:|---:|---:|")
-        for side in sides:
-            each = found[side] = Measured(**json.loads(child(script, side, name)))
-            spread = max(each.seconds) / min(each.seconds)
-            print(f"| {side} | {each.rate:,.2f} | {spread:.2f} | {each.mebibytes:,.0f} |", flush=True)
-        print(
-            "\n| Work | Ours against the peer's, times as fast | Goal | Memory, ours / peer's |\n|---|---:|---:|---:|"
-        )
+        run(script, "prepare", name)
+        print(f"\n| Side | {unit} per second | slowest / fastest turn | Peak memory, MiB |\n|---|---:|---:|---:|")
+        found: dict[str, Measured] = {}
+        for peer in dict.fromkeys(row.peer for row in comparisons):
+            group = _take_turns(script, name, [peer, *(row.ours for row in comparisons if row.peer == peer)])
+            for side, each in group.items():
+                spread = max(each.seconds) / min(each.seconds)
+                print(f"| {side} | {each.rate:,.2f} | {spread:.2f} | {each.mebibytes:,.0f} |", flush=True)
+            found |= group
+        print("\n| Work | Ours, times as fast as the peer's way: median (turns) | Goal | Memory, ours / peer's |")
+        print("|---|---:|---:|---:|")
         for row in comparisons:
-            ours, peer = found[row.ours], found[row.peer]
-            memory = ours.mebibytes / peer.mebibytes
-            print(f"| {row.work} | {ours.rate / peer.rate:.1f} | {row.goal:g} | {memory:.2f} |", flush=True)
+            ours, peer_s = found[row.ours], found[row.peer]
+            ratios = ours.times_as_fast(peer_s)
+            turns = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+            print(f"| {row.work} | {turns} | {row.goal:g} | {ours.mebibytes / peer_s.mebibytes:.2f} |", flush=True)
         if report:
             report(Path(name))
 
 
-def _measure(work: Work) -> Measured:
-    work()
-    seconds, amount = [], 0.0
-    for _ in range(REPEATS):
+def _take_turns(script: str, folder: str, names: Sequence[str]) -> dict[str, Measured]:
+    """Each side warms up alone; then all repeat in turn, so that what else the machine does meets each alike."""
+    processes = {}
+    for name in names:
+        processes[name] = _start(script, name, folder)
+        _answer(processes[name])
+    turns = [{name: _answer(process, "repeat") for name, process in processes.items()} for _ in range(REPEATS)]
+    found = {}
+    for name, process in processes.items():
+        process.communicate()
+        mine = [turn[name] for turn in turns]
+        found[name] = Measured(mine[0]["amount"], [each["seconds"] for each in mine], mine[-1]["mebibytes"])
+    return found
+
+
+def _answer(process: subprocess.Popen[str], request: str = "") -> dict[str, float]:
+    assert process.stdin
+    assert process.stdout
+    if request:
+        print(request, file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(process.wait() or 1)
+    return json.loads(line)
+
+
+def _measure(work: Work) -> None:
+    """Do the work once, and once more for every line of the standard input; each time tell what it took."""
+    while True:
         start = time.perf_counter()
         amount = work()
-        seconds.append(time.perf_counter() - start)
-    return Measured(amount, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        seconds = time.perf_counter() - start
+        mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"amount": amount, "seconds": seconds, "mebibytes": mebibytes}), flush=True)
+        if not sys.stdin.readline():
+            return
 
 
-def child(script: str, side: str, argument: str) -> str:
+def run(script: str, side: str, argument: str) -> str:
     """What the script prints when it is started anew for a side."""
+    process = _start(script, side, argument)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)  # it has said why
+    return output
+
+
+def _start(script: str, side: str, argument: str) -> subprocess.Popen[str]:
     count = str(threads())
     environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     command = [sys.executable, script, "side", side, argument]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

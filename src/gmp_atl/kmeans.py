@@ -151,8 +151,7 @@ def _pass(
 def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: np.ndarray) -> None:
     """Add the frames of a block to the sums of the clusters joined, and take them from those left (None: from none).
 
-    Only frames that move are looked at: after a few iterations they are one in a hundred. In float64, so that what has
-    come and gone leaves nothing behind.
+    Only frames that move are looked at. In float64, so that what has come and gone leaves nothing behind.
     """
     entries, signs = joined[:, None], [1.0]
     if left is not None:
