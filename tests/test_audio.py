@@ -128,3 +128,23 @@ def test_a_rate_that_cannot_be_resampled_is_refused(clip: Path) -> None:
     soundfile.write(clip, noise(1_000), 44_101)
     with pytest.raises(audio.AudioError, match="44101 Hz"):
         audio.inspect(clip)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_stream_has_the_samples_of_load_in_pieces(clip: Path, rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_BLOCK", 7_001)
+    soundfile.write(clip, noise(int(3.3 * rate), 2), rate, subtype="FLOAT")
+    pieces = list(audio.stream(clip, 1))
+    assert [len(piece) for piece in pieces] == [16_000, 16_000, len(audio.load(clip)) - 32_000]
+    np.testing.assert_allclose(np.concatenate(pieces), audio.load(clip), atol=1e-6)
+    [whole] = audio.stream(clip, 3)
+    np.testing.assert_array_equal(whole, audio.load(clip))
+
+
+def test_a_stream_tells_at_its_end_that_the_file_is_truncated(clip: Path) -> None:
+    soundfile.write(clip, noise(100_000), 16_000, subtype="PCM_16")
+    cut(clip, 150_000)
+    pieces = audio.stream(clip, 1)
+    assert len(next(pieces)) == 16_000
+    with pytest.raises(audio.AudioError, match="truncated"):
+        list(pieces)

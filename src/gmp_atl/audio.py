@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ FULL_SCALE = 0.99
 _BLOCK = 1 << 20  # samples of all channels read at once, whatever the header claims
 _UNKNOWN_LENGTH = 0x7FFFF000  # data sizes from here on are placeholders of programs that wrote to a pipe
 _FORMATS = ("WAV", "WAVEX", "FLAC", "AIFF", "OGG", "MP3")
-"""What is read: libsndfile shortens truncated files of all others without a word."""
+"""Of clips: libsndfile shortens truncated files of all others without a word."""
 _CHUNKED = {b"RIFF": ("<", b"data"), b"RIFX": (">", b"data"), b"FORM": (">", b"SSND")}
 """WAV and AIFF: by their first bytes, the byte order and the chunk of samples."""
 _LAST_PAGE = 1 << 16  # bytes; a page of Ogg is smaller
@@ -74,7 +75,26 @@ def inspect(path: Path) -> AudioInfo:
 def load(path: Path) -> np.ndarray:
     """A clip as float32, shape (samples,), at 16 kHz, its channels averaged. Raises as `inspect` does."""
     samples, rate, _ = _decode(path)
-    return samples if rate == SAMPLE_RATE else _resample(samples, rate)
+    return _at_16_khz(samples, rate)
+
+
+def stream(path: Path, seconds: int) -> Iterator[np.ndarray]:
+    """What `load` returns, in pieces of `seconds`, the last up to a second longer: memory does not grow with the file.
+
+    A recording may be of any length, silent, and of any format of libsndfile, even if its truncation cannot be told.
+    Raises as `inspect` does otherwise; what only its end shows of a file, after the pieces before.
+    """
+    held = np.empty(0, np.float32)  # at the file's rate; its first `context` samples are in an earlier piece
+    context = 0
+    for block, rate, _ in _blocks(path, soundfile.available_formats()):
+        held = np.concatenate([held, block])
+        # Resampling looks a few samples around. A second on each side is more, and a whole number of samples at 16 kHz.
+        while len(held) >= context + (seconds + 1) * rate:
+            first = resampled_length(context, rate)
+            piece = _at_16_khz(held[: context + (seconds + 1) * rate], rate)
+            yield piece[first : first + seconds * SAMPLE_RATE]
+            held, context = held[context + (seconds - 1) * rate :], rate
+    yield _at_16_khz(held, rate)[resampled_length(context, rate) :]
 
 
 def resampled_length(n_samples: int, rate: int) -> int:
@@ -83,28 +103,44 @@ def resampled_length(n_samples: int, rate: int) -> int:
 
 
 def _decode(path: Path) -> tuple[np.ndarray, int, int]:
-    """Mono float32 samples at the file's own rate; the rate in Hz; the number of channels."""
+    """Mono float32 samples of a clip at the file's own rate; the rate in Hz; the number of channels."""
+    found, length = [], 0
+    for block, rate, channels in _blocks(path, _FORMATS):
+        found.append((block, rate, channels))
+        length += len(block)
+        if length > MAX_SECONDS * rate:
+            raise AudioError(path, f"longer than {MAX_SECONDS} s", "cut it into utterances")
+    blocks, rates, counts = zip(*found, strict=True)
+    samples = np.concatenate(blocks)
+    if samples.min() == samples.max():
+        raise AudioError(path, "holds no sound: every sample is the same", "restore it from the corpus")
+    return samples, rates[0], counts[0]
+
+
+def _blocks(path: Path, formats: Collection[str]) -> Iterator[tuple[np.ndarray, int, int]]:
+    """As `_decode`, block by block, at least one: what is allocated is what the file holds."""
     if not _is_file(path):
         raise AudioError(path, "not a regular file", "point to an audio file")
     if path.suffix.lower() == ".raw":
         raise AudioError(path, "has no header", "convert it to WAV or FLAC")
+    length = 0
     try:
         with soundfile.SoundFile(path) as file:
-            _check_header(path, file)
+            _check_header(path, file, formats)
             declared, rate, channels = file.frames, file.samplerate, file.channels
-            samples = _read(path, file)
+            while len(block := file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)):
+                length += len(block)
+                samples = block.mean(axis=1)
+                if not np.isfinite(samples).all():
+                    raise AudioError(path, "holds NaN or infinite samples", "restore it from the corpus")
+                yield samples, rate, channels
     except soundfile.LibsndfileError as error:
         problem = f"cannot be decoded ({error.error_string.rstrip('.')})"
         raise AudioError(path, problem, "restore it from the corpus, or convert it to WAV or FLAC") from None
-    if len(samples) < declared or _is_cut(path):
+    if length < declared or _is_cut(path):
         raise AudioError(path, "truncated: its header declares more audio than it holds", "copy it again")
-    if not len(samples):
+    if not length:
         raise AudioError(path, "holds no samples", "restore it from the corpus")
-    if not np.isfinite(samples).all():
-        raise AudioError(path, "holds NaN or infinite samples", "restore it from the corpus")
-    if samples.min() == samples.max():
-        raise AudioError(path, "holds no sound: every sample is the same", "restore it from the corpus")
-    return samples, rate, channels
 
 
 def _is_file(path: Path) -> bool:
@@ -114,24 +150,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _check_header(path: Path, file: soundfile.SoundFile) -> None:
-    if file.format not in _FORMATS:
+def _check_header(path: Path, file: soundfile.SoundFile, formats: Collection[str]) -> None:
+    if file.format not in formats:
         raise AudioError(path, f"is {file.format}, of which it cannot be told if it is whole", "convert it to WAV")
     rate = file.samplerate
     common = math.gcd(rate, SAMPLE_RATE)
     if rate < MIN_RATE or (SAMPLE_RATE // common) * (rate // common) > _MAX_KERNEL:
         raise AudioError(path, f"has a rate of {rate} Hz", "resample it to a standard rate such as 16000 Hz")
-
-
-def _read(path: Path, file: soundfile.SoundFile) -> np.ndarray:
-    """All samples, the channels averaged, in blocks: what is allocated is what the file holds."""
-    blocks, length = [np.empty(0, np.float32)], 0
-    while len(block := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
-        blocks.append(block.mean(axis=1))
-        length += len(block)
-        if length > MAX_SECONDS * file.samplerate:
-            raise AudioError(path, f"longer than {MAX_SECONDS} s", "cut it into utterances")
-    return np.concatenate(blocks)
 
 
 def _is_cut(path: Path) -> bool:
@@ -154,12 +179,14 @@ def _is_cut(path: Path) -> bool:
     return False
 
 
-def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+def _at_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
     """Band-limited interpolation, exactly `resampled_length` long.
 
     torchaudio rounds the length of its output in float32, so that it may come out one short. It pads with zeros
     anyway: another second of them changes no sample, and the cut is then exact.
     """
+    if rate == SAMPLE_RATE:
+        return samples
     import torch
     from torchaudio.functional import resample
 
