@@ -135,6 +135,13 @@ class Encoder(nn.Module):
         self.regularisation = regularisation or Regularisation()
         self.feature_extractor.requires_grad_(False)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the weights in `dtype` from now on, for passes without gradients; convolutions as `arrange` says."""
+        self.feature_extractor.arrange(dtype)
+        self.feature_projection.to(dtype)
+        self.encoder.to(dtype)
+        self.masked_spec_embed.data = self.masked_spec_embed.data.to(dtype)
+
     def local_features(self, audio: Tensor) -> Tensor:
         """Output of the convolutions for one unpadded clip: (samples,) at 16 kHz to (frames, conv_dim[-1])."""
         features: Tensor = self.feature_extractor(audio)

@@ -38,7 +38,8 @@ def layer_features(
     """
     device = devices.resolve(gpus)
     model, metadata = encoders.load_fitted(encoder)
-    model = model.to(device, devices.dtype(config.compute.precision, device)).eval()
+    model = model.to(device).eval()
+    model.cast(devices.dtype(config.compute.precision, device))
     split = training_split(utterances, config.folds, fold)
     split.refuse_leaks(metadata["fitted_on"], encoder)
     if config.clustering.fit_on == "all":
