@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmp_atl.audio import SAMPLE_RATE
-from gmp_atl.encoder import HOP
+from gmp_atl.audio import SAMPLE_RATE, AudioError
+from gmp_atl.encoder import HOP, Encoder, n_frames
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
@@ -20,6 +20,31 @@ from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
+
+
+@torch.inference_mode()
+def local_features(encoder: Encoder, samples: np.ndarray, source: Path, *, normalise: bool) -> np.ndarray:
+    """Output of the frozen convolutions for one unpadded clip, as every stage reads it.
+
+    Args:
+        samples: Mono at 16 kHz, at least `MIN_SAMPLES`.
+        source: Where they come from, for the message.
+        normalise: Zero mean and unit variance first.
+
+    Returns:
+        (frames, dimensions) in float16.
+
+    Raises:
+        AudioError: float16 cannot hold them.
+    """
+    waveform = torch.from_numpy(samples).to(encoder.masked_spec_embed.device)
+    if normalise:
+        waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-7)
+    features: np.ndarray = encoder.local_features(waveform).half().cpu().numpy()
+    if not np.isfinite(features).all():
+        raise AudioError(source, "local features exceed the range of float16", "the clip is not speech of usual level")
+    assert len(features) == n_frames(len(samples))
+    return features
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from gmp_atl import audio, devices
+from gmp_atl import audio, clips, devices
 from gmp_atl import encoder as encoders
 from gmp_atl.config import LocalFeaturesSlice
-from gmp_atl.encoder import Encoder, n_frames
+from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
 
@@ -38,13 +37,13 @@ def local_features(
     device = devices.resolve(gpus)
     model, metadata = encoders.load_fitted(encoder)
     model = model.to(device).eval()
-    model.feature_extractor.arrange(devices.dtype(config.compute.precision, device))
+    model.cast(devices.dtype(config.compute.precision, device))
     table, _ = UTTERANCES.read(utterances)
     width = model.architecture.conv_dim[-1]
     with LOCAL_FEATURES.writer(output, dimensions=width, encoder=metadata["encoder"]) as append:
         ids: list[str] = []
         frames: list[np.ndarray] = []
-        for utterance, features in _features(table, audio_root, model, config.encoder.normalise_audio, device):
+        for utterance, features in _features(table, audio_root, model, config.encoder.normalise_audio):
             ids.append(utterance)
             frames.append(features)
             if sum(each.nbytes for each in frames) >= _ROW_GROUP_BYTES:
@@ -55,24 +54,13 @@ def local_features(
     log.info("local features of %d clips", len(table))
 
 
-@torch.inference_mode()
-def _features(
-    table: pa.Table, root: Path, model: Encoder, normalise: bool, device: torch.device
-) -> Iterator[tuple[str, np.ndarray]]:
+def _features(table: pa.Table, root: Path, model: Encoder, normalise: bool) -> Iterator[tuple[str, np.ndarray]]:
     for utterance in table.select(["id", "path", "n_samples"]).to_pylist():
         path = root / utterance["path"]
-        samples = torch.from_numpy(audio.load(path)).to(device)
+        samples = audio.load(path)
         if len(samples) != utterance["n_samples"]:
             raise UserError(
                 f"{path} has {len(samples)} samples at 16 kHz, but had {utterance['n_samples']} when the corpus was "
                 "read. Has it changed? Rerun with: snakemake --forcerun corpus"
             )
-        if normalise:
-            samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
-        features = model.local_features(samples).half().cpu().numpy()
-        if not np.isfinite(features).all():
-            raise UserError(
-                f"{path}: local features exceed the range of float16; the clip is not speech of usual level."
-            )
-        assert len(features) == n_frames(len(samples))
-        yield utterance["id"], features
+        yield utterance["id"], clips.local_features(model, samples, path, normalise=normalise)
