@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from gmp_atl import devices
 from gmp_atl import encoder as encoders
 from gmp_atl.clips import Batch, Clips, collate, whole, within_budget
-from gmp_atl.config import ComputeConfig, HeadConfig, SpecAugmentConfig
+from gmp_atl.config import ComputeConfig, HeadConfig, Positive, Precision, Section, SpecAugmentConfig
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.heads import UtteranceHead
@@ -31,6 +33,24 @@ class Classifier(nn.Module):
     def forward(self, batch: Batch, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Logits, or cosines, per task: (batch, classes) in float32."""
         return self.head(self.encoder(batch.local, batch.lengths, self.layer, mask), batch.lengths)
+
+
+class Description(Section):
+    """What a fine-tuned model says of itself in its safetensors files: all that scoring a recording takes."""
+
+    encoder: str
+    """Pre-trained HuBERT that it is built on, with the SHA-256 of its weights."""
+    fitted_on: list[str]
+    """Ids of the utterances."""
+    classes: list[str]
+    head: HeadConfig
+    loss: Literal["ce", "ams"]
+    """Whether the head gives logits or cosines."""
+    scale: Positive
+    """What these are multiplied by before the softmax: 1, or s of Eq. 2."""
+    normalise_audio: bool
+    precision: Precision
+    """In which it was tested."""
 
 
 def save(model: Classifier, folder: Path, /, **metadata: Any) -> None:
@@ -54,6 +74,31 @@ def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> dict[s
         raise UserError(f"{path} is not the head that the config describes; delete it and run snakemake again.")
     model.head.load_state_dict(fitting, strict=False)
     return encoders.origin(metadata, path)
+
+
+def load(folder: Path) -> tuple[Classifier, Description]:
+    """A fine-tuned model, in evaluation mode, and what it says of itself.
+
+    Raises:
+        UserError: the folder is not that of a fine-tuned model, or a file is damaged.
+    """
+    expected = "a folder as finetuning writes it is needed, results/<name>/finetuning/.../fold<n>/seed<n>"
+    for name in ("config.json", "model.safetensors", "head.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a fine-tuned model: {name} is missing; {expected}.")
+    backbone, metadata = encoders.load_fitted(folder)
+    try:
+        description = Description.model_validate(metadata)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(
+            f"{folder} is not a fine-tuned model, or one of another version of gmp-atl (metadata of model.safetensors: "
+            f"{keys}); {expected}."
+        ) from None
+    tasks = {"emotion": len(description.classes)}
+    model = Classifier(backbone, description.head, tasks, cosine=description.loss == "ams")
+    load_head(model, folder)
+    return model.eval(), description
 
 
 def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor | None:
@@ -85,3 +130,12 @@ def apply(model: Classifier, clips: Clips, task: str, compute: ComputeConfig, de
             batch = collate(clips, crops, device)
             outputs.update(zip(batch.indices, model(batch)[task].cpu(), strict=True))
     return torch.stack([outputs[index] for index in range(len(clips.ids))])
+
+
+def scores(
+    model: Classifier, description: Description, clips: Clips, compute: ComputeConfig, device: torch.device
+) -> np.ndarray:
+    """Scores of whole clips, without margin: (clips, classes) in float32, each row summing to one."""
+    outputs = apply(model, clips, "emotion", compute, device)
+    probabilities: np.ndarray = (outputs * description.scale).softmax(1).numpy()
+    return probabilities

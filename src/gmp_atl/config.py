@@ -33,6 +33,7 @@ Layer = Annotated[int, Field(le=-1)]  # counted from the end: -1 is the last lay
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+Precision = Literal["auto", "float32", "bfloat16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and Parquet hold
 
 
@@ -126,7 +127,7 @@ class ComputeConfig(Section):
 
     threads: Count = 4
     """CPU threads of a job."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the encoder. `auto`: bfloat16 where the hardware multiplies it natively."""
     batch_seconds: Positive = 320.0
     """Audio, padding included, that goes through the transformer at once."""
@@ -382,6 +383,7 @@ class FinetuningSlice(Section):
 
     classes: list[str]
     folds: FoldsConfig
+    encoder: EncoderConfig
     compute: ComputeConfig
     head: HeadConfig
     finetuning: FinetuningConfig

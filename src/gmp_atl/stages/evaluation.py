@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from gmp_atl import classifier, devices
-from gmp_atl import encoder as encoders
-from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips
 from gmp_atl.config import FinetuningSlice
+from gmp_atl.errors import UserError
 from gmp_atl.folds import held_out_split, training_split
 from gmp_atl.formats import PREDICTIONS, UTTERANCES, Output, write_text
 from gmp_atl.metrics import confusion, uar, war
@@ -48,14 +47,13 @@ def evaluation(
     """
     device = devices.resolve(gpus)
     split = held_out_split(utterances, config.folds, fold)
-    backbone, origin = encoders.load_fitted(model)
-    training_split(utterances, config.folds, fold).refuse_leaks(origin["fitted_on"], model)
-    network = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
-    classifier.load_head(network, model)
-    clips = Clips.read(local_features, split, encoder=origin["encoder"])
-    network.encoder.to(devices.dtype(config.compute.precision, device))
-    outputs = classifier.apply(network.to(device).eval(), clips, "emotion", config.compute, device)
-    scores = (outputs * (config.finetuning.scale if loss == "ams" else 1.0)).softmax(1).numpy()
+    network, described = classifier.load(model)
+    if (described.classes, described.loss) != (config.classes, loss):
+        raise UserError(f"{model} is not the model that the config describes; delete it and run snakemake again.")
+    training_split(utterances, config.folds, fold).refuse_leaks(described.fitted_on, model)
+    clips = Clips.read(local_features, split, encoder=described.encoder)
+    network.encoder.cast(devices.dtype(config.compute.precision, device))
+    scores = classifier.scores(network.to(device), described, clips, config.compute, device)
     chosen = scores.argmax(1)
     rows = {
         **{name: split.column(name) for name in ("id", "speaker", "gender", "session")},
@@ -76,7 +74,7 @@ def evaluation(
         classes=config.classes,
         corpus=corpus["corpus"],
         complete=corpus["complete"],
-        encoder=origin["encoder"],
+        encoder=described.encoder,
         selection=config.finetuning.selection,
         fit_on=fit_on,
     )

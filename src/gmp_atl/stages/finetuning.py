@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gmp_atl import classifier, devices
 from gmp_atl import encoder as encoders
-from gmp_atl.classifier import Classifier
+from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import FinetuningSlice
 from gmp_atl.folds import Split, held_out_split, training_split, without_group
@@ -89,8 +89,17 @@ def finetuning(
         validate=validate,
     )
     trainer.run()
-    fitted_on = sorted({*origin["fitted_on"], *whole.ids})
-    classifier.save(model, output, encoder=origin["encoder"], fitted_on=fitted_on)
+    description = Description(
+        encoder=origin["encoder"],
+        fitted_on=sorted({*origin["fitted_on"], *whole.ids}),
+        classes=config.classes,
+        head=config.head,
+        loss=loss,
+        scale=settings.scale if loss == "ams" else 1.0,
+        normalise_audio=config.encoder.normalise_audio,
+        precision=config.compute.precision,
+    )
+    classifier.save(model, output, **description.model_dump(mode="json"))
     trainer.finish(history)
 
 
