@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, settings
 
+from gmp_atl import audio
 from gmp_atl import config as configs
 from gmp_atl import encoder as encoders
 from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder
@@ -288,3 +290,48 @@ def claim_fitted_on(tmp_path: Path) -> Callable[[Path, list[str]], Path]:
 def tiny_encoder(inputs: Inputs) -> Encoder:
     """The random HuBERT of the inputs, in evaluation mode."""
     return encoders.load(inputs.encoder)[0].eval()
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A model that was fine-tuned on sound files and tested on those of session S1."""
+
+    audio: Path
+    """Twelve files of noise: several formats, rates and numbers of channels."""
+    stages: Stages
+    model: Path
+    loss: str
+    changes: dict[str, Any]
+    """To the settings, as `Stages` takes them."""
+    predictions: Path
+
+
+@pytest.fixture(scope="session", params=[("ams", False), ("ce", True)], ids=["ams", "ce, normalised"])
+def spoken(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
+    from gmp_atl.stages.local_features import local_features
+
+    folder, random = tmp_path_factory.mktemp("spoken"), np.random.default_rng(0)
+    (folder / "audio").mkdir()
+    rows = UTTERANCES.read(inputs.utterances)[0].to_pylist()
+    for number, row in enumerate(rows):
+        suffix, rate, channels = [("wav", 16_000, 1), ("flac", 22_050, 2), ("aiff", 8_000, 1)][number % 3]
+        row["path"] = f"{row['id']}.{suffix}"
+        samples = 0.1 * random.normal(size=(int(rate * random.uniform(0.3, 1.0)), channels))
+        soundfile.write(folder / "audio" / row["path"], samples, rate)
+        row["n_samples"] = audio.inspect(folder / "audio" / row["path"]).n_samples
+    utterances, local = folder / "utterances.parquet", folder / "local_features.parquet"
+    table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
+    UTTERANCES.write(utterances, table, corpus="IEMOCAP", complete=False, audio="a1b2")
+    stages = Stages(Inputs(utterances, local, inputs.encoder, {}), folder)
+    loss, normalise = request.param
+    changes = {"encoder.normalise_audio": normalise, "finetuning.epochs": 1}
+    local_features(
+        config=stages.config("local_features", changes),
+        utterances=utterances,
+        audio_root=folder / "audio",
+        encoder=inputs.encoder,
+        output=local,
+    )
+    model = stages.finetuning(changes, loss=loss)
+    predictions = stages.evaluation(model, changes, loss=loss)
+    return Spoken(folder / "audio", stages, model.folder, loss, changes, predictions)

@@ -53,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("faiss").setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser("gmp-atl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    others = {"restore": (_restore, "make the tables of an archive anew"), "show": (_show, "print the tables of a run")}
+    others = {
+        "restore": (_restore, "make the tables of an archive anew"),
+        "show": (_show, "print the tables of a run"),
+        "predict": (_predict, "score recordings by a fine-tuned model"),
+    }
     helps = {**STAGES, **{name: text for name, (_, text) in others.items()}}
     commands = "\n".join(f"{stage:20}{what}" for stage, what in helps.items())
     parser.add_argument("stage", choices=helps, metavar="STAGE", help=commands)
@@ -68,16 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(stage: str, argv: list[str]) -> int:
-    threads = argparse.ArgumentParser(add_help=False)
-    threads.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    threads = _threads()
     # Threads and device must be settled before numpy, torch or faiss is imported with the stage.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[threads])
     early.add_argument("--gpus", type=int, default=0)
     known, _ = early.parse_known_args(argv)
-    if known.threads:
-        os.environ["OMP_NUM_THREADS"] = str(known.threads)
-    if known.gpus:
-        take_gpu()
+    _settle(known.threads, known.gpus)
     function: Callable[..., None] = getattr(importlib.import_module(f"gmp_atl.stages.{stage}"), stage)
     parser = argparse.ArgumentParser(f"gmp-atl {stage}", description=inspect.getdoc(function), parents=[threads])
     parser.add_argument("--provenance", type=Path, help="JSON file that gets the job's record (default: none)")
@@ -89,6 +89,19 @@ def _run(stage: str, argv: list[str]) -> int:
     with _recorded(stage, function, options, options.pop("provenance")):
         function(**options)
     return 0
+
+
+def _threads() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    return parser
+
+
+def _settle(threads: int | None, gpus: int) -> None:
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if gpus:
+        take_gpu()
 
 
 def _recorded(
@@ -154,3 +167,45 @@ def _show(argv: list[str]) -> int:
 
     show(parser.parse_args(argv).folder)
     return 0
+
+
+def _predict(argv: list[str]) -> int:
+    from gmp_atl.recordings import LAYOUTS, Cut
+
+    description = "Score recordings by a fine-tuned model; see docs/predict.md. Exit code 1: some could not be scored."
+    parser = argparse.ArgumentParser("gmp-atl predict", description=description, parents=[_threads()])
+    parser.add_argument("model", type=Path, help="folder of a fine-tuned model: results/<name>/finetuning/...")
+    help = "audio that libsndfile reads, or folders, which are searched through"
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help=help)
+    parser.add_argument("--format", choices=LAYOUTS, default="table", help="default: table")
+    parser.add_argument("--output", type=Path, help="file (default: standard output)")
+    parser.add_argument("--window", type=_seconds, default=60.0, help="longer recordings are cut (default: 60 s)")
+    parser.add_argument("--hop", type=_seconds, help="from window to window, in s (default: the window, no overlap)")
+    help = "audio that is computed at once, in s; less takes less memory (default: 320)"
+    parser.add_argument("--batch-seconds", type=_seconds, default=320.0, help=help)
+    parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU (default: 0, on the CPU)")
+    options = parser.parse_args(argv)
+    cut = Cut.of_seconds(options.window, options.hop)
+    _settle(options.threads, options.gpus)
+    from gmp_atl.prediction import command
+
+    unusable = command(
+        options.model,
+        options.paths,
+        layout=options.format,
+        output=options.output,
+        cut=cut,
+        batch_seconds=options.batch_seconds,
+        gpus=options.gpus,
+    )
+    return 1 if unusable else 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "positive number"  # argparse names it when it refuses a value
