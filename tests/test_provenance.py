@@ -166,7 +166,7 @@ def test_a_folder_is_known_by_names_and_contents(tmp_path):
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_text(content)
-        return provenance._digest(folder)
+        return provenance.path_digest(folder)
 
     first = found(a="1", b="2")
     assert found(b="2", a="1") == first

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "restore": (_restore, "make the tables of an archive anew"),
         "show": (_show, "print the tables of a run"),
         "predict": (_predict, "score recordings by a fine-tuned model"),
+        "export": (_export, "a fine-tuned model as a model of Hugging Face"),
     }
     helps = {**STAGES, **{name: text for name, (_, text) in others.items()}}
     commands = "\n".join(f"{stage:20}{what}" for stage, what in helps.items())
@@ -209,3 +210,17 @@ def _seconds(text: str) -> float:
 
 
 _seconds.__name__ = "positive number"  # argparse names it when it refuses a value
+
+
+def _export(argv: list[str]) -> int:
+    description = "Write a fine-tuned model as one that Hugging Face's transformers load; see docs/predict.md."
+    parser = argparse.ArgumentParser("gmp-atl export", description=description)
+    parser.add_argument("model", type=Path, help="folder of a fine-tuned model: results/<name>/finetuning/...")
+    parser.add_argument("output", type=Path, help="folder, which must not exist yet")
+    help = "results/<name>/evaluations, which the model card tells of (default: those of the model's run)"
+    parser.add_argument("--evaluations", type=Path, help=help)
+    options = parser.parse_args(argv)
+    from gmp_atl.hub import export
+
+    export(options.model, options.output, options.evaluations)
+    return 0

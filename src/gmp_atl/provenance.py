@@ -203,10 +203,10 @@ def _digests(options: Mapping[str, Any]) -> dict[str, str]:
             paths[name] = value
         elif isinstance(value, list) and value and isinstance(value[0], Path):
             paths |= {f"{name}[{n}]": path for n, path in enumerate(value)}
-    return {name: _digest(path) for name, path in paths.items() if path.exists()}
+    return {name: path_digest(path) for name, path in paths.items() if path.exists()}
 
 
-def _digest(path: Path) -> str:
+def path_digest(path: Path) -> str:
     """Of a file, or of the names and digests of the files below a folder."""
     if path.is_file():
         return sha256(path)

@@ -1,0 +1,138 @@
+"""An exported model is one of transformers, and its scores are those of the model that it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HubertModel, pipeline
+from transformers.utils import logging as transformers_logging
+
+from gmp_atl import audio, cli, hub
+from gmp_atl.errors import UserError
+from gmp_atl.formats import PREDICTIONS
+
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def exported(spoken, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    assert cli.main(["export", str(spoken.model), str(folder)]) == 0
+    return folder
+
+
+def clips(spoken) -> dict[str, np.ndarray]:
+    """Those of session S1, as the corpus stage reads them."""
+    return {path.stem: audio.load(path) for path in sorted(spoken.audio.glob("S1*"))}
+
+
+def test_scores_of_the_pipeline_are_those_of_evaluation(spoken, exported):
+    classify = pipeline("audio-classification", model=str(exported), device="cpu")
+    samples = clips(spoken)
+    for row in PREDICTIONS.read(spoken.predictions)[0].to_pylist():
+        found = {each["label"]: each["score"] for each in classify(samples[row["id"]])}
+        assert found == pytest.approx(dict(zip(["angry", "sad"], row["scores"], strict=True)), abs=1e-5)
+
+
+def test_padding_changes_nothing_whatever_it_holds(spoken, exported):
+    model = AutoModelForAudioClassification.from_pretrained(exported).eval()
+    extract = AutoFeatureExtractor.from_pretrained(exported)
+    samples = list(clips(spoken).values())
+    assert len({len(each) for each in samples}) == 4
+    batch = extract(samples, sampling_rate=16_000, padding=True, return_tensors="pt")
+    batch["input_values"][batch["attention_mask"] == 0] = float("nan")
+    with torch.inference_mode():
+        together = model(**batch).logits
+        for logits, clip in zip(together, samples, strict=True):
+            alone = model(**extract(clip, sampling_rate=16_000, return_tensors="pt")).logits[0]
+            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+            unmasked = extract(clip, sampling_rate=16_000, return_tensors="pt")["input_values"]
+            torch.testing.assert_close(model(unmasked, return_dict=False)[0][0], alone, atol=1e-5, rtol=0)
+
+
+def test_a_recording_without_a_frame_is_refused(exported):
+    model = AutoModelForAudioClassification.from_pretrained(exported)
+    with pytest.raises(ValueError, match="399 samples"):
+        model(torch.zeros(1, 399))
+
+
+def test_the_model_survives_saving_and_loading(exported, tmp_path):
+    model = AutoModelForAudioClassification.from_pretrained(exported)
+    model.save_pretrained(tmp_path / "again")
+    again = hub.GmpAtlForAudioClassification.from_pretrained(tmp_path / "again")
+    assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": again.config.name_or_path}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_the_encoder_alone_is_a_hubert_of_transformers(spoken, exported):
+    samples = torch.from_numpy(next(iter(clips(spoken).values())))[None]
+    with torch.inference_mode():
+        of_export, of_folder = (
+            HubertModel.from_pretrained(folder).eval()(samples).last_hidden_state for folder in (exported, spoken.model)
+        )
+    assert torch.equal(of_export, of_folder)
+
+
+def evaluate(spoken, folder: Path) -> Path:
+    """The evaluation as the workflow runs it, with its record; the evaluations' folder."""
+    options = {
+        "config": spoken.stages.config("evaluation", spoken.changes).model_dump_json(),
+        "utterances": spoken.stages.inputs.utterances,
+        "local-features": spoken.stages.inputs.local_features,
+        "model": spoken.model,
+        "variant": "main",
+        "gmps": "none",
+        "loss": spoken.loss,
+        "fit-on": "training",
+        "fold": 1,
+        "seed": 0,
+        "predictions": folder / "evaluations" / "a" / "predictions.parquet",
+        "metrics": folder / "evaluations" / "a" / "metrics.json",
+        "provenance": folder / "evaluations" / "provenance" / "a.json",
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert cli.main(["evaluation", *arguments]) == 0
+    return folder / "evaluations"
+
+
+def test_the_card_tells_corpus_fold_figures_and_licence(spoken, tmp_path):
+    evaluations = evaluate(spoken, tmp_path)
+    hub.export(spoken.model, tmp_path / "model", evaluations)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((evaluations / "a" / "metrics.json").read_text())
+    record = json.loads((evaluations / "provenance" / "a.json").read_text())
+    for told in (
+        f"**UAR {figures['uar']:.1f} %, WAR {figures['war']:.1f} %**",
+        "session S1; 4 whole utterances",
+        "IEMOCAP (PARTIAL)",
+        "falls under that licence",
+        "tiny random HuBERT",
+        f"torch {torch.__version__}",
+        record["packages"]["python"],
+        (record["commit"] or "no commit")[:12],
+    ):
+        assert told in card
+
+
+def test_without_records_the_card_says_so_and_other_evaluations_are_refused(spoken, exported, upstream, tmp_path):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    assert "not recorded" in card
+    assert "UAR" not in card
+    evaluations = evaluate(spoken, tmp_path)
+    other = spoken.stages.finetuning({**spoken.changes, "finetuning.margin": 0.3}, loss=spoken.loss, seed=1)
+    with pytest.raises(UserError, match="has no evaluation of"):
+        hub.export(other.folder, tmp_path / "other", evaluations)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_exists_is_not_written_to(spoken, exported):
+    before = sorted((path, path.stat().st_mtime_ns) for path in exported.parent.rglob("*"))
+    with pytest.raises(UserError, match="exists already"):
+        hub.export(spoken.model, exported)
+    assert sorted((path, path.stat().st_mtime_ns) for path in exported.parent.rglob("*")) == before
