@@ -46,6 +46,7 @@ REVIEWED = {
     ("stages/pretrained.py", "torch.load"): "weights_only=True, and only a file whose SHA-256 the config pins",
     ("config_files.py", "yaml.compose"): "SafeLoader, and only to a tree of nodes: nothing is constructed",
     ("corpora/synthetic.py", "ctypes.CDLL"): "eSpeak NG, a locked package's library, for the demo's corpus",
+    ("doctor.py", "yaml.safe_load"): "a user's config, which config_files.check has gone through before",
     ("tools/config_reference.py", "yaml.safe_load"): "our own config.yaml",
 }
 """What of it is there: file and use, and why it may."""

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_atl.errors import UserError
-from gmp_atl.recordings import LAYOUTS, Cut, Recording, Scored, find, windows, write
+from gmp_atl.recordings import Cut, Recording, Scored, find, windows, write
 
 
 @given(
@@ -121,7 +121,7 @@ def test_the_table_has_a_heading_and_columns_below_it():
         assert row[: heading.index("part")].split() == [f"{float(part):.2f}" for part in row.split()[:2]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["table", "csv", "json"])
 def test_names_that_are_not_utf_8_can_be_written(layout):
     written(layout).encode()
 

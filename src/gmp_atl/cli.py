@@ -1,4 +1,4 @@
-"""`gmp-atl STAGE --option ...`: one subcommand per rule, its options being the stage function's parameters."""
+"""`gmp-atl COMMAND`: one per rule, its options being the parameters of the stage's function, and some for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeAlias, get_args, get_type_hints
 
 from gmp_atl.errors import NOTICE, NOTICE_PREFIX, UserError
 from gmp_atl.leases import take_gpu
@@ -46,30 +46,43 @@ class _Formatter(logging.Formatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; a user's mistake is one message on stderr and exit code 2, without a traceback."""
+    """Run one command; a user's mistake is one message on stderr and exit code 2, without a traceback."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("faiss").setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser("gmp-atl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    others = {
-        "restore": (_restore, "make the tables of an archive anew"),
-        "show": (_show, "print the tables of a run"),
-        "predict": (_predict, "score recordings by a fine-tuned model"),
-        "export": (_export, "a fine-tuned model as a model of Hugging Face"),
-    }
-    helps = {**STAGES, **{name: text for name, (_, text) in others.items()}}
-    commands = "\n".join(f"{stage:20}{what}" for stage, what in helps.items())
-    parser.add_argument("stage", choices=helps, metavar="STAGE", help=commands)
-    stage = parser.parse_args(argv[:1]).stage
     try:
-        if stage in others:
-            return others[stage][0](argv[1:])
-        return _run(stage, argv[1:])
+        if argv and argv[0] in STAGES:
+            return _run(argv[0], argv[1:])
+        return _command(argv)
     except UserError as error:
-        print(f"gmp-atl {stage}: error: {error}", file=sys.stderr)
+        print(f"gmp-atl {argv[0]}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _command(argv: list[str]) -> int:
+    """Of those for people."""
+    stages = "\n".join(f"  {stage:20}{what}" for stage, what in STAGES.items())
+    parser = argparse.ArgumentParser(
+        "gmp-atl",
+        description="Speech emotion recognition by GMP-ATL: checks, tables and models of a run.\n"
+        "Runs are made by Snakemake (see README.md): snakemake --cores all",
+        epilog=f"stages, which the workflow calls, each with --help of its own:\n{stages}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_doctor, _add_show, _add_restore, _add_predict, _add_export):
+        add(commands)
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell that asks what may follow
+        import argcomplete
+
+        for stage, what in STAGES.items():
+            commands.add_parser(stage, help=what)
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
 
 
 def _run(stage: str, argv: list[str]) -> int:
@@ -140,11 +153,33 @@ def _section(flag: str, kind: Any, text: str) -> Any:
         raise UserError(f"{flag} is not a {kind.__name__} in JSON: {error}") from None
 
 
-def _restore(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("gmp-atl restore", description="Make the tables and figures of an archive anew.")
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add_doctor(commands: _Commands) -> None:
+    text = "check what a run needs on this machine"
+    parser = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}; exit code 1: it lacks some.")
+    help = "as for snakemake: changes to config.yaml, which lies in the working directory"
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], metavar="FILE", help=help)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gmp_atl import doctor
+
+    return doctor.report([Path("config.yaml"), *options.configfile])
+
+
+def _add_restore(commands: _Commands) -> None:
+    text = "make the tables and figures of an archive anew"
+    parser = commands.add_parser("restore", help=text, description=f"{text.capitalize()}.")
     parser.add_argument("archive", type=Path, help="as written by `snakemake archive`")
     parser.add_argument("--output", type=Path, help="folder (default: results/<archive>-restored)")
-    options = parser.parse_args(argv)
+    parser.set_defaults(run=_restore)
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from gmp_atl.rendering import show
     from gmp_atl.stages.archive import compare, restore
     from gmp_atl.stages.figures import figures
     from gmp_atl.stages.tables import tables
@@ -154,41 +189,50 @@ def _restore(argv: list[str]) -> int:
     for stage, folder in ((tables, "tables"), (figures, "figures")):
         stage(config=config, evaluations=output / "evaluations", output=output / folder)
     same, differing = compare(output)
-    _show([str(output / "tables")])
+    show(output / "tables")
     print(f"\n{same} tables and figures in {output} are byte for byte those of the archived run.")
     if differing:
         print(f"These differ, as other versions of gmp-atl or of its packages make them: {', '.join(differing)}")
     return 0
 
 
-def _show(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("gmp-atl show", description="Print the tables of a run.")
+def _add_show(commands: _Commands) -> None:
+    text = "print the tables of a run"
+    parser = commands.add_parser("show", help=text, description=f"{text.capitalize()}.")
     parser.add_argument("folder", type=Path, help="results/<name>/tables")
+    parser.set_defaults(run=_show)
+
+
+def _show(options: argparse.Namespace) -> int:
     from gmp_atl.rendering import show
 
-    show(parser.parse_args(argv).folder)
+    show(options.folder)
     return 0
 
 
-def _predict(argv: list[str]) -> int:
-    from gmp_atl.recordings import LAYOUTS, Cut
-
-    description = "Score recordings by a fine-tuned model; see docs/predict.md. Exit code 1: some could not be scored."
-    parser = argparse.ArgumentParser("gmp-atl predict", description=description, parents=[_threads()])
+def _add_predict(commands: _Commands) -> None:
+    text = "score recordings by a fine-tuned model"
+    description = f"{text.capitalize()}; see docs/predict.md. Exit code 1: some could not be scored."
+    parser = commands.add_parser("predict", help=text, description=description, parents=[_threads()])
     parser.add_argument("model", type=Path, help="folder of a fine-tuned model: results/<name>/finetuning/...")
     help = "audio that libsndfile reads, or folders, which are searched through"
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help=help)
-    parser.add_argument("--format", choices=LAYOUTS, default="table", help="default: table")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="default: table")
     parser.add_argument("--output", type=Path, help="file (default: standard output)")
     parser.add_argument("--window", type=_seconds, default=60.0, help="longer recordings are cut (default: 60 s)")
     parser.add_argument("--hop", type=_seconds, help="from window to window, in s (default: the window, no overlap)")
     help = "audio that is computed at once, in s; less takes less memory (default: 320)"
     parser.add_argument("--batch-seconds", type=_seconds, default=320.0, help=help)
     parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU (default: 0, on the CPU)")
-    options = parser.parse_args(argv)
-    cut = Cut.of_seconds(options.window, options.hop)
+    parser.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
     _settle(options.threads, options.gpus)
     from gmp_atl.prediction import command
+    from gmp_atl.recordings import Cut
+
+    cut = Cut.of_seconds(options.window, options.hop)
 
     unusable = command(
         options.model,
@@ -212,14 +256,17 @@ def _seconds(text: str) -> float:
 _seconds.__name__ = "positive number"  # argparse names it when it refuses a value
 
 
-def _export(argv: list[str]) -> int:
-    description = "Write a fine-tuned model as one that Hugging Face's transformers load; see docs/predict.md."
-    parser = argparse.ArgumentParser("gmp-atl export", description=description)
+def _add_export(commands: _Commands) -> None:
+    text = "write a fine-tuned model for Hugging Face's transformers"
+    parser = commands.add_parser("export", help=text, description=f"{text.capitalize()}; see docs/predict.md.")
     parser.add_argument("model", type=Path, help="folder of a fine-tuned model: results/<name>/finetuning/...")
     parser.add_argument("output", type=Path, help="folder, which must not exist yet")
     help = "results/<name>/evaluations, which the model card tells of (default: those of the model's run)"
     parser.add_argument("--evaluations", type=Path, help=help)
-    options = parser.parse_args(argv)
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
     from gmp_atl.hub import export
 
     export(options.model, options.output, options.evaluations)

@@ -169,4 +169,3 @@ _LAYOUTS: dict[str, Callable[[Iterable[dict[str, Any]], Sequence[str], TextIO], 
     "csv": _csv,
     "json": _json,
 }
-LAYOUTS = tuple(_LAYOUTS)

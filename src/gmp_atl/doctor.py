@@ -1,0 +1,218 @@
+"""What a run needs of a machine, looked at before it begins: `gmp-atl doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from gmp_atl import config as configs
+from gmp_atl import config_files
+from gmp_atl.config import Config, EncoderConfig
+from gmp_atl.corpora import read_corpus
+from gmp_atl.errors import UserError
+
+_PYTHON = (3, 11)
+_MODEL_GB, _OTHER_GB = 0.4, 16.0
+"""HuBERT base and its head; features while clustering lasts, and the rest (docs/scaling.md)."""
+_RESOLVE_SECONDS = 10.0
+
+
+class State(Enum):
+    """Of what was looked at."""
+
+    OK = "ok"
+    NOTE = "note"
+    """A run works, but not all of it, or slowly."""
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run needs, how it is here, and, unless all is well, what to do."""
+
+    subject: str
+    state: State
+    text: str
+    remedy: str = ""
+
+
+def report(config_paths: Sequence[Path]) -> int:
+    """Print what is found under the config that the files make together, the later changing the earlier.
+
+    Returns:
+        1 if something is missing, else 0.
+    """
+    missing = False
+    for finding in findings(config_paths):
+        print(f"{finding.state.value:9}{finding.subject:10}{finding.text}", flush=True)
+        if finding.remedy:
+            print(f"{'':19}-> {finding.remedy}", flush=True)
+        missing |= finding.state is State.MISSING
+    return int(missing)
+
+
+def findings(config_paths: Sequence[Path]) -> Iterator[Finding]:
+    """In the order in which a run needs them; without a valid config, not what depends on one."""
+    yield _python()
+    yield from _packages()
+    yield _gpu()
+    yield _scheduler()
+    try:
+        config = _load(config_paths)
+    except UserError as error:
+        yield Finding("config", State.MISSING, str(error), "see docs/config.md")
+        return
+    yield Finding("config", State.OK, f"{' + '.join(map(str, config_paths))}: {config.name}")
+    yield _corpus(config)
+    yield _encoder(config.encoder)
+    yield _disk(config)
+
+
+def _python() -> Finding:
+    found = sys.version.split()[0]
+    if sys.version_info[:2] == _PYTHON:
+        return Finding("Python", State.OK, found)
+    needed = ".".join(map(str, _PYTHON))
+    return Finding("Python", State.MISSING, f"{found}, but {needed} is needed", f"install it; python{needed} -m venv")
+
+
+def _packages() -> Iterator[Finding]:
+    """Versions against those that pyproject.toml pins, as they were when the package was installed."""
+    try:
+        pinned = metadata.requires("gmp-atl") or []
+    except metadata.PackageNotFoundError:
+        yield Finding("packages", State.MISSING, "gmp-atl is not installed for this Python", "make setup")
+        return
+    wrong = []
+    for requirement in pinned:
+        name, _, version = requirement.partition("==")
+        found = _version(name)
+        if found != version:
+            wrong.append(f"{name} {version} ({'not installed' if found is None else f'found {found}'})")
+    if wrong:
+        yield Finding("packages", State.MISSING, "other versions: " + ", ".join(wrong), "make setup")
+    else:
+        yield Finding("packages", State.OK, f"all {len(pinned)} as pinned")
+    if _version("opensmile") is None:
+        text = "not installed: Table 2 needs it for its eGeMAPS row, tables.baseline: none leaves that out"
+        yield Finding("openSMILE", State.NOTE, text, "make opensmile (its licence is for research use)")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> Finding:
+    """As torch sees it, in a process of its own: to ask takes memory of the GPU."""
+    code = (
+        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
+        "p = [torch.cuda.get_device_properties(i) for i in range(n)]; "
+        "print(', '.join(f'{x.name} ({x.total_memory / 2**30:.0f} GiB)' for x in p))"
+    )
+    try:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    except subprocess.SubprocessError:
+        return Finding("GPU", State.MISSING, "torch cannot be imported", "make setup")
+    if devices := run.stdout.strip():
+        return Finding("GPU", State.OK, devices)
+    if shutil.which("nvidia-smi"):
+        text = "nvidia-smi is here, but torch finds no usable device"
+        return Finding("GPU", State.MISSING, text, "look at nvidia-smi's driver version and at CUDA_VISIBLE_DEVICES")
+    remedy = "run on the CPU with --workflow-profile workflow/profiles/cpu; the paper's sizes would take months there"
+    return Finding("GPU", State.NOTE, "none", remedy)
+
+
+def _scheduler() -> Finding:
+    if shutil.which("sbatch"):
+        return Finding("SLURM", State.OK, "here; --workflow-profile workflow/profiles/slurm, see docs/slurm.md")
+    return Finding("SLURM", State.OK, "not here; jobs run on this machine")
+
+
+def _load(paths: Sequence[Path]) -> Config:
+    from snakemake.utils import update_config  # slow to import; merges as a run does
+
+    merged: dict[str, object] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; run this in the project's folder.")
+        config_files.check(path)
+        update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return configs.parse(merged)
+
+
+def _corpus(config: Config) -> Finding:
+    """Reads labels, but opens no audio, as the stage `corpus` does."""
+    reader, root = config.corpus.reader, config.corpus.root
+    if reader == "synthetic":
+        return Finding("corpus", State.OK, "synthetic, made by the run")
+    assert root is not None  # the config has checked
+    try:
+        found = read_corpus(reader, root, config.classes, allow_partial=config.corpus.allow_partial)
+    except UserError as error:
+        return Finding("corpus", State.MISSING, str(error), f"corpus.root is {root}, corpus.reader is {reader}")
+    text = f"{found.name} at {root}: {len(found.utterances)} utterances of {', '.join(config.classes)}"
+    if reasons := Counter(found.excluded.values()).most_common():
+        text += "; left out: " + ", ".join(f"{count} ({reason})" for reason, count in reasons)
+    return Finding("corpus", State.OK, text)
+
+
+def _encoder(config: EncoderConfig) -> Finding:
+    if config.source == "scratch":
+        return Finding("encoder", State.OK, "random weights, made by the run")
+    if config.source == "hub":
+        return _hub_encoder(str(config.name), str(config.revision))
+    assert config.path is not None  # the config has checked
+    names = ("config.json", "model.safetensors")
+    absent = [name for name in names if not (config.path / name).is_file()]
+    if absent:
+        text = f"{config.path} lacks {' and '.join(absent)}"
+        return Finding("encoder", State.MISSING, text, "encoder.path is a folder of a HuBERT as transformers saves it")
+    return Finding("encoder", State.OK, str(config.path))
+
+
+def _hub_encoder(name: str, revision: str) -> Finding:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    cached = [
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+        for file in ("config.json", "model.safetensors", "pytorch_model.bin")
+    ]
+    if cached[0] and any(cached[1:]):
+        return Finding("encoder", State.OK, f"{name}, in the hub's cache")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_RESOLVE_SECONDS)
+    except (OSError, ValueError) as error:  # the hub's own errors are among the first
+        text = f"{name} is not in the hub's cache, and the hub does not answer ({type(error).__name__})"
+        remedy = (
+            f"on a machine with network: hf download {name} --revision {revision} --local-dir FOLDER; then here "
+            "encoder.source: directory, encoder.path: FOLDER"
+        )
+        return Finding("encoder", State.MISSING, text, remedy)
+    return Finding("encoder", State.OK, f"{name}, which the run fetches from the hub")
+
+
+def _disk(config: Config) -> Finding:
+    """Room for results, without ablations; nothing is asked of a small random encoder."""
+    folder = Path("results").resolve() if Path("results").exists() else Path.cwd()
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", State.MISSING, f"{folder} may not be written to", "run in a folder of your own")
+    free = shutil.disk_usage(folder).free / 1e9
+    models = len(config.seeds) * len(config.folds.held_out) * (4 + 2 * len(config.tables.layers))
+    needed = 1.0 if config.encoder.source == "scratch" else _OTHER_GB + _MODEL_GB * models
+    text = f"{free:.0f} GB free at {folder}; a run without ablations takes about {needed:.0f} GB"
+    if free < needed:
+        return Finding("disk", State.MISSING, text, "make results a link to a larger disk, or run fewer seeds at once")
+    return Finding("disk", State.OK, text)

@@ -1,0 +1,47 @@
+"""What the command line tells of itself, to people and to their shells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gmp_atl import cli
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "absent"),
+    [
+        ("gmp-atl ", {"doctor", "predict", "export", "clustering"}, {"--window"}),
+        ("gmp-atl pre", {"predict", "pretrained"}, {"doctor"}),
+        ("gmp-atl predict --", {"--window", "--batch-seconds"}, {"doctor", "--configfile"}),
+        ("gmp-atl predict model --format ", {"table", "csv", "json"}, set()),
+    ],
+)
+def test_shells_are_told_what_may_follow(tmp_path: Path, line: str, expected: set[str], absent: set[str]) -> None:
+    told = tmp_path / "told"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(told)}
+    subprocess.run([sys.executable, "-m", "gmp_atl"], env=environment, check=True)
+    found = {each.strip() for each in told.read_text(encoding="utf-8").splitlines()}
+    assert expected <= found
+    assert not absent & found
+
+
+def test_help_names_every_command_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    for name in ("doctor", "show", "restore", "predict", "export", *cli.STAGES):
+        assert f"\n    {name} " in told or f"\n  {name} " in told
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["trian"])
+    assert end.value.code == 2
+    assert "'trian'" in capsys.readouterr().err

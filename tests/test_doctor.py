@@ -1,0 +1,141 @@
+"""`gmp-atl doctor` finds what a run would miss, and says how to get it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from conftest import SETTINGS
+
+from gmp_atl import cli, doctor
+from gmp_atl.doctor import Finding, State
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch is told to find, instead of asking it."""
+    told = [""]
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=told[0] + "\n")
+    )
+    return told
+
+
+def found(subject: str, tmp_path: Path, **changes: object) -> Finding:
+    """What is said of one thing, under the tests' config with other sections."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**SETTINGS, **changes}), encoding="utf-8")
+    [finding] = [each for each in doctor.findings([path]) if each.subject == subject]
+    return finding
+
+
+def test_the_environment_of_the_tests_is_the_pinned_one(tmp_path):
+    assert found("Python", tmp_path).state is State.OK
+    assert found("packages", tmp_path).state is State.OK
+
+
+def test_other_versions_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda _: ["numpy==0.1", "no-such-package==2"])
+    finding = found("packages", tmp_path)
+    assert finding.state is State.MISSING
+    assert f"numpy 0.1 (found {np.__version__}), no-such-package 2 (not installed)" in finding.text
+    assert finding.remedy == "make setup"
+
+
+def test_another_python_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.version_info", (3, 13, 0))
+    assert found("Python", tmp_path).state is State.MISSING
+
+
+@pytest.mark.parametrize(
+    ("told", "driver", "state", "text"),
+    [
+        ("Some GPU (80 GiB)", True, State.OK, "Some GPU (80 GiB)"),
+        ("", False, State.NOTE, "none"),
+        ("", True, State.MISSING, "nvidia-smi is here, but torch finds no usable device"),
+    ],
+)
+def test_gpus(tmp_path, monkeypatch, devices, told, driver, state, text):
+    devices[0] = told
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if driver else None)
+    finding = found("GPU", tmp_path)
+    assert (finding.state, finding.text) == (state, text)
+
+
+def test_a_corpus_that_is_not_there(tmp_path):
+    finding = found("corpus", tmp_path, corpus={"reader": "iemocap", "root": str(tmp_path / "release")})
+    assert finding.state is State.MISSING
+    assert "sail.usc.edu" in finding.text
+
+
+def test_what_is_left_out_of_a_corpus_is_counted(tmp_path):
+    lines = ["id,path,speaker,gender,emotion,session", "a,a.wav,A,female,angry,S1", "b,b.wav,A,female,sad,S1"]
+    (tmp_path / "manifest.csv").write_text("\n".join(lines), encoding="utf-8")
+    soundfile.write(tmp_path / "a.wav", np.ones(800), 16_000)
+    corpus = {"reader": "manifest", "root": str(tmp_path / "manifest.csv")}
+    text = found("corpus", tmp_path, corpus=corpus).text
+    assert re.search(r"1 utterances of angry, sad; left out: 1 \(.+\)$", text)
+
+
+def test_a_folder_without_an_encoder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    finding = found("encoder", tmp_path, encoder={"source": "directory", "path": str(tmp_path)})
+    assert (finding.state, finding.text) == (State.MISSING, f"{tmp_path} lacks model.safetensors")
+    (tmp_path / "model.safetensors").touch()
+    finding = found("encoder", tmp_path, encoder={"source": "directory", "path": str(tmp_path)})
+    assert finding.state is State.OK
+
+
+@pytest.mark.parametrize(
+    ("cached", "answers", "state"),
+    [(True, False, State.OK), (False, True, State.OK), (False, False, State.MISSING)],
+)
+def test_encoders_of_the_hub(tmp_path, monkeypatch, cached, answers, state):
+    def ask(*_, **__):
+        if not answers:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cached" if cached else None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    finding = found("encoder", tmp_path, encoder={"source": "hub", "name": "a/b", "revision": 40 * "0"})
+    assert finding.state is state
+    assert ("--local-dir" in finding.remedy) == (state is State.MISSING)
+
+
+def test_room_for_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    usage = namedtuple("usage", "free")
+    for free, state in ((5e8, State.MISSING), (5e9, State.OK)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
+        assert found("disk", tmp_path).state is state
+
+
+def test_the_paper_needs_what_docs_scaling_adds_up(monkeypatch):
+    """300 encoders and heads, 115 GB, and 15 GB of the rest."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1e12))
+    assert "about 136 GB" in doctor._disk(doctor._load([ROOT / "config.yaml"])).text
+
+
+def test_the_command_adds_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor"]) == 1
+    assert "config.yaml does not exist; run this in the project's folder." in capsys.readouterr().out
+    shutil.copy(ROOT / "config.yaml", tmp_path)
+    monkeypatch.setattr(doctor, "_packages", lambda: iter(()))
+    assert cli.main(["doctor", "--configfile", str(ROOT / "presets/demo.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok       corpus    synthetic, made by the run" in lines
+    (tmp_path / "more.yaml").write_text("seedz: [1]\n")
+    assert cli.main(["doctor", "--configfile", "more.yaml"]) == 1
+    assert "seedz" in capsys.readouterr().out
