@@ -28,8 +28,8 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test test-heavy test-slurm test-conda bench lint format lock envs
-.PHONY: reference licences audit clean
+.PHONY: help setup opensmile demo archive tables test test-heavy test-faults test-slurm test-conda bench lint format lock
+.PHONY: envs reference licences audit clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -91,6 +91,9 @@ test: setup  ## run the tests
 
 test-heavy: setup  ## try a hundred times as many bad files, and a manifest of a million rows; takes an hour
 	@FUZZ_EXAMPLES=1500 python -m pytest -m "heavy or not heavy" tests/test_bad_input.py
+
+test-faults: opensmile  ## kill, stop and starve every stage, again and again; as root, for full disks; hours
+	@FAULT_TRIALS=$(or $(TRIALS),20) python -m pytest tests/test_faults.py
 
 test-slurm: setup  ## run the SLURM tests; as root, and on Debian: they install and start SLURM
 	@python -m pytest testbeds/slurm

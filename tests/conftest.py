@@ -30,12 +30,13 @@ settings.load_profile("suite")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tells how many cases test_bad_input has tried; not from xdist's workers."""
-    counts = getattr(sys.modules.get("test_bad_input"), "TRIED", {})
-    for (target, outcome), count in sorted(counts.items()):
-        terminalreporter.write_line(f"{target:32} {outcome:8} {count:6}")
-    if counts:
-        terminalreporter.write_line(f"{'all':41} {sum(counts.values()):6}")
+    """Tells how many cases of bad input, and how many faults, were tried; not from xdist's workers."""
+    for module in ("test_bad_input", "test_faults"):
+        counts = getattr(sys.modules.get(module), "TRIED", {})
+        for (target, outcome), count in sorted(counts.items()):
+            terminalreporter.write_line(f"{target:32} {outcome:10} {count:6}")
+        if counts:
+            terminalreporter.write_line(f"{'all':43} {sum(counts.values()):6}")
 
 
 ENCODER = "tiny random HuBERT"

@@ -8,9 +8,11 @@ checksums, have a digest among their metadata.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from gmp_atl.errors import UserError
 _KEY, _DIGEST = "gmp_atl", "gmp_atl_sha256"
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on damaged files; ValueError where a name or text is not UTF-8."""
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+"""A disk that is full, or that may not be written to."""
 
 
 class Role(Enum):
@@ -54,20 +58,38 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved onto it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    """A temporary name beside `path`, moved onto it when the block ends without an error.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(path)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the system has against writing, if that is the error; safetensors tells its number in the text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return os.strerror(number) if number in _REFUSALS else None
 
 
 def remove_partial(path: Path) -> None:
@@ -76,10 +98,15 @@ def remove_partial(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file atomically, in UTF-8."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ second and one longer than ten.
 from __future__ import annotations
 
 import ctypes
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from scipy.signal import resample_poly
 
 from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.errors import UserError
+from gmp_atl.formats import write_bytes, write_text
 
 README = """\
 Synthetic speech, not recordings of people: a made-up release in the layout of IEMOCAP, for demonstration and tests.
@@ -156,8 +158,7 @@ def synthesise(root: Path, seed: int = 0) -> list[Path]:
         if not ours:
             raise UserError(f"{root} holds a corpus that is not synthetic. Choose an empty folder for the demo's.")
         shutil.rmtree(earlier)
-    root.mkdir(parents=True, exist_ok=True)
-    readme.write_text(README, encoding="utf-8")
+    write_text(readme, README)
     rng = np.random.default_rng(seed)
     files = [readme]
     with _espeak(seed) as speak:
@@ -188,21 +189,21 @@ def _write_session(folder: Path, turns: list[Turn], speak: _Speak, rng: np.rando
     for dialog, members in groupby(turns, key=lambda turn: turn.dialog):
         audio_folder = folder / "sentences" / "wav" / dialog
         label_file = folder / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
-        audio_folder.mkdir(parents=True)
-        label_file.parent.mkdir(parents=True, exist_ok=True)
         lines, clock = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n"], 0.0
         for turn in members:
             samples = _record(speak(VOICES[turn.speaker], turn.text, turn.prosody), turn.prosody.gain, rng)
             files.append(audio_folder / f"{turn.id}.wav")
-            soundfile.write(files[-1], samples, SAMPLE_RATE, subtype="PCM_16")
+            wave = io.BytesIO()
+            soundfile.write(wave, samples, SAMPLE_RATE, subtype="PCM_16", format="WAV")
+            write_bytes(files[-1], wave.getvalue())
             end = clock + len(samples) / SAMPLE_RATE
             lines.append(_label_block(turn, clock, end))
             clock = end + _PAUSE
-        label_file.write_text("\n".join(lines), encoding="utf-8")
+        write_text(label_file, "\n".join(lines))
         files.append(label_file)
         for file in files[-2:]:
             files.append(file.with_name(f"._{file.name}"))
-            files[-1].write_bytes(_APPLE_DOUBLE)
+            write_bytes(files[-1], _APPLE_DOUBLE)
     return files
 
 
@@ -248,7 +249,11 @@ def _espeak(seed: int) -> Iterator[_Speak]:
         return 0  # go on
 
     callback = _Callback(collect)  # named, because the library does not keep it alive
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        scratch = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise UserError(f"eSpeak NG needs room for temporary files: {error}. Set TMPDIR to another folder.") from None
+    with scratch as folder:
         (Path(folder) / "espeak-ng-data").symlink_to(espeakng_loader.get_data_path())
         try:
             library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
