@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import re
 import runpy
 import shlex
@@ -218,3 +220,19 @@ def test_citation_is_of_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert project["version"] in TEXT[ROOT / "CHANGELOG.md"]
+
+
+def test_errors_are_quoted_as_they_are_said() -> None:
+    """Those of this project; strings that a source file breaks over two lines are put together."""
+    own = TEXT[ROOT / "docs" / "troubleshooting.md"].split("Snakemake's own:")[0]
+    quoted = [
+        text
+        for line in own.splitlines()
+        if line.startswith("| `")
+        for text in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    ]
+    said = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    said = re.sub(r'"\n\s+f?"', "", said)
+    assert len(quoted) > 15
+    system = {os.strerror(errno.ENOSPC)}
+    assert not [text for text in quoted if text not in said and text not in system]
