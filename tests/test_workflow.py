@@ -347,7 +347,8 @@ class Stopped:
         """Snakemake with its jobs in a process group, as a terminal starts it; returns when a job has trained."""
         before = self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else 0
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        process = subprocess.Popen(**prepared(self.folder, *arguments, "tables", config=self.config), **output)
+        arguments = ("--rerun-incomplete", *arguments, "tables")  # as the profiles say
+        process = subprocess.Popen(**prepared(self.folder, *arguments, config=self.config), **output)
         while not self.checkpoint.exists() or self.checkpoint.stat().st_mtime_ns == before:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -384,7 +385,7 @@ def test_a_run_that_is_stopped_in_any_way_goes_on_and_ends_with_the_same_tables(
     unlock = snakemake(tmp_path, "--unlock", config=run.config)
     assert unlock.returncode == 0, unlock.stderr
     # On one core, and so in another order. The training process alone, as the kernel does when memory runs out.
-    process = run.start("--rerun-incomplete", "--cores", "1", "--retries", "1")
+    process = run.start("--cores", "1", "--retries", "1")
     resumed.append(run.resumed_at())
     [training] = [
         each for each in psutil.Process(process.pid).children(recursive=True) if "retraining" in each.cmdline()
