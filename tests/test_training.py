@@ -360,7 +360,9 @@ def test_a_damaged_checkpoint_is_reported_and_not_taken_up(run, caplog, share):
 def test_what_a_kill_in_the_middle_of_a_save_left_is_removed(run, monkeypatch, minutes):
     monkeypatch.setattr(training, "CHECKPOINT_MINUTES", minutes)
     trained = run()
-    (trained.folder / f".{trained.checkpoint.name}.abcdefgh.part").write_bytes(b"half")
+    left = trained.folder / f".{trained.checkpoint.name}.abcdefgh.part"
+    left.mkdir()
+    (left / "partial").write_bytes(b"half")
     trained.finished().history()
     assert [path.name for path in trained.folder.iterdir()] == ["history.parquet"]
 

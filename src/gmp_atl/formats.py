@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,13 +64,14 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or may not be written to.
     """
-    temporary = None
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(path)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        # A folder, since libraries may write under another name beside the one that they are given.
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        temporary = folder / "partial"
+        temporary.touch()
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -81,8 +83,8 @@ def atomic(path: Path) -> Iterator[Path]:
             raise
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refusal(error: Exception) -> str | None:
@@ -95,7 +97,7 @@ def _refusal(error: Exception) -> str | None:
 def remove_partial(path: Path) -> None:
     """Remove what a write of `path` that was killed has left beside it: up to the size of the whole file."""
     for partial in path.parent.glob(f".{path.name}.*.part"):
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
