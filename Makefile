@@ -28,7 +28,7 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo archive tables test test-heavy test-faults test-slurm test-conda bench lint format lock
+.PHONY: help setup opensmile demo report archive tables test test-heavy test-faults test-slurm test-conda bench lint format lock
 .PHONY: envs reference licences audit clean
 
 help:  ## list the targets
@@ -63,15 +63,23 @@ opensmile: .venv/.opensmile  ## add openSMILE, for research use only, for a row 
 	@$(PIP) install --quiet --no-deps --require-hashes -r requirements/opensmile.lock
 	@touch $@
 
+# Snakemake lists every page; that is shown only where something is wrong.
+REPORT = log=$$(snakemake --report results/$1-report.html $2 2>&1) || { tail -n 20 <<< "$$log" >&2; exit 1; }
+DEMO := --configfile presets/demo.yaml $(if $(filter 0,$(OPENSMILE)),--config 'tables={"baseline": "none"}')
+
 demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table on synthetic speech, in minutes
-	@snakemake --cores all --configfile presets/demo.yaml \
-		$(if $(GPU),,--workflow-profile workflow/profiles/cpu) \
-		$(if $(filter 0,$(OPENSMILE)),--config 'tables={"baseline": "none"}')
+	@snakemake --cores all $(DEMO) $(if $(GPU),,--workflow-profile workflow/profiles/cpu)
 	@gmp-atl show results/demo/tables
+	@$(call REPORT,demo,$(DEMO))
 	@echo
+	@echo "All of this with figures, in one page for a browser: results/demo-report.html."
 	@echo "These tables (CSV, Markdown, LaTeX): results/demo/tables; figures: results/demo/figures."
 	@echo "The paper's experiment, with IEMOCAP at hand (see README.md):"
 	@echo "    . .venv/bin/activate; snakemake --cores all"
+
+report: setup  ## a run's tables and figures as one page, results/PRESET-report.html; the paper's without PRESET
+	@$(call REPORT,$(or $(PRESET),iemocap),$(if $(PRESET),--configfile presets/$(PRESET).yaml))
+	@echo "results/$(or $(PRESET),iemocap)-report.html"
 
 archive: setup  ## pack what tables need of a run in results/NAME/NAME.zip; PRESET=demo for another than the paper's
 	@snakemake --cores all archive $(if $(PRESET),--configfile presets/$(PRESET).yaml) \

@@ -7,6 +7,9 @@ min_version("9.0")
 configfile: "config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/features.smk"
@@ -14,6 +17,7 @@ include: "workflow/rules/multitask.smk"
 include: "workflow/rules/clustering.smk"
 include: "workflow/rules/retraining.smk"
 include: "workflow/rules/finetuning.smk"
+include: "workflow/rules/examples.smk"
 include: "workflow/rules/baseline.smk"
 include: "workflow/rules/tables.smk"
 

@@ -26,7 +26,7 @@ PRELOADED = [
     *(f"gmp_atl.stages.{stage}" for stage in ("archive", "baseline", "cluster_statistics", "corpus", "evaluation")),
     *(
         f"gmp_atl.stages.{stage}"
-        for stage in ("figures", "layer_features", "local_features", "multitask", "pretrained")
+        for stage in ("examples", "figures", "layer_features", "local_features", "multitask", "pretrained")
     ),
     *(f"gmp_atl.stages.{stage}" for stage in ("retraining", "synthesis", "tables", "clustering", "finetuning")),
     *("gmp_atl.cli", "gmp_atl.provenance", "matplotlib.figure", "matplotlib.backends.backend_svg"),

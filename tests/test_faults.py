@@ -135,10 +135,11 @@ NEEDS: dict[str, list[str]] = {
     "retraining": ["clustering"],
     "finetuning": ["retraining"],
     "evaluation": ["finetuning"],
+    "examples": ["evaluation"],
     "functionals": ["corpus"],
     "baseline": ["corpus"],
-    "tables": ["evaluation", "cluster_statistics", "baseline"],
-    "figures": ["evaluation", "cluster_statistics", "baseline"],
+    "tables": ["evaluation", "cluster_statistics", "baseline", "examples"],
+    "figures": ["evaluation", "cluster_statistics", "baseline", "examples"],
     "archive": ["tables", "figures"],
 }
 
@@ -151,6 +152,8 @@ def gather(bench: Bench) -> None:
         ("baseline", "baseline/fold1/predictions.parquet"),
         ("cluster_statistics", "clusters/main/fold1/seed0/cluster_statistics.parquet"),
         ("finetuning", "histories/finetuning.parquet"),
+        ("examples", "examples/embeddings.parquet"),
+        ("examples", "examples/examples.parquet"),
     ):
         made = {"corpus.parquet": "summary.parquet", "histories/finetuning.parquet": "history.parquet"}
         target = bench.folder / "evaluations" / name
@@ -249,6 +252,14 @@ def made_jobs(folder: Path) -> dict[str, Job]:
             "evaluation",
             {**slice_of("evaluation"), **features, **seed, **described, "model": at("finetuning", "model")},
             {"predictions": "predictions.parquet", "metrics": "metrics.json"},
+        ),
+        Job(
+            "examples",
+            {**slice_of("examples"), **features, **seed, "audio-root": folder, "model": at("finetuning", "model")}
+            | {"pretrained": at("pretrained", "model"), "multitask": at("multitask", "model")}
+            | {"centroids": at("clustering", "centroids.safetensors")}
+            | {"predictions": at("evaluation", "predictions.parquet")},
+            {"embeddings": "embeddings.parquet", "output": "examples.parquet"},
         ),
         Job("functionals", {**utterances, "audio-root": folder}, {"output": "functionals.parquet"}),
         Job(

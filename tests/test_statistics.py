@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gmp_atl.statistics import paired_difference, summarise, t_interval
+from gmp_atl.metrics import uar, war
+from gmp_atl.statistics import paired_difference, sampling_interval, summarise, t_interval
 
 PERCENT = st.floats(0, 100)
 NAN = float("nan")
@@ -86,3 +87,35 @@ def test_seeds_are_paired():
     expected = stats.ttest_rel([61, 73], [60, 70]).confidence_interval(0.95)
     assert (difference.over_seeds.low, difference.over_seeds.high) == pytest.approx(tuple(expected))
     assert difference.over_folds.low == pytest.approx(difference.over_folds.high)
+
+
+@pytest.mark.parametrize("measure", ["UAR", "WAR"])
+def test_the_interval_of_sampling_covers_as_often_as_it_says(measure):
+    """Recalls are known, and matrices drawn: 95 of 100 intervals should hold the true figure."""
+    random = np.random.default_rng(0)
+    recalls, sizes = np.array([0.05, 0.5, 0.9]), np.array([20, 60, 120])
+    truth = 100 * (recalls.mean() if measure == "UAR" else recalls @ sizes / sizes.sum())
+    held = 0
+    for hits in random.binomial(sizes, recalls, size=(2000, 3)):
+        matrix = np.diag(hits)
+        matrix[[0, 1, 2], [1, 2, 0]] = sizes - hits
+        interval = sampling_interval([matrix], measure)
+        held += interval.low <= truth <= interval.high
+        assert interval.n == 200
+    assert 0.94 < held / 2000 < 0.99
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=9, max_size=9), min_size=1, max_size=3))
+def test_the_interval_of_sampling_is_within_percent_and_not_for_certain(counts):
+    matrices = [np.reshape(each, (3, 3)) + np.eye(3, dtype=int) for each in counts]
+    for measure, compute in (("UAR", uar), ("WAR", war)):
+        interval = sampling_interval(matrices, measure)
+        assert 0 <= interval.low < interval.high <= 100
+        if len(matrices) == 1:
+            middle = (interval.low + interval.high) / 2
+            assert abs(middle - 50) <= abs(compute(matrices[0]) - 50) + 1e-6 or interval.low in (0, 100)
+
+
+def test_seeds_do_not_make_the_interval_of_sampling_narrower():
+    matrix = np.array([[8, 2], [3, 7]])
+    assert sampling_interval([matrix], "UAR") == sampling_interval([matrix, matrix, matrix], "UAR")

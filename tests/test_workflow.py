@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import re
 import shutil
@@ -35,6 +37,7 @@ JOBS = {
     "retraining": 2,
     "finetuning": 8,
     "evaluation": 8,
+    "examples": 1,
 }
 """Of TINY, below, tables and figures aside."""
 TINY: dict[str, Any] = {
@@ -140,6 +143,7 @@ def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds
             "retraining": runs * layers,
             "finetuning": runs * systems,
             "evaluation": runs * systems,
+            "examples": 1,
             "tables": 1,
             "figures": 1,
         }
@@ -205,10 +209,10 @@ def test_second_run_has_nothing_to_do(finished: Path) -> None:
     [
         ({"compute": {"threads": 2, "checkpoint_minutes": 1}}, {}),
         ({"tables": {"numbers": [1, 4]}}, {"tables": 1, "figures": 1}),
-        ({"finetuning": {"margin": 0.3}}, {"finetuning": 8, "evaluation": 8, "tables": 1, "figures": 1}),
+        ({"finetuning": {"margin": 0.3}}, {"finetuning": 8, "evaluation": 8, "examples": 1, "tables": 1, "figures": 1}),
         (
             {"retraining": {"updates": 3}},
-            {"retraining": 2, "finetuning": 4, "evaluation": 4, "tables": 1, "figures": 1},
+            {"retraining": 2, "finetuning": 4, "evaluation": 4, "examples": 1, "tables": 1, "figures": 1},
         ),
         (
             {"clustering": {"iterations": 4}},
@@ -219,6 +223,7 @@ def test_second_run_has_nothing_to_do(finished: Path) -> None:
                 "retraining": 2,
                 "finetuning": 4,
                 "evaluation": 4,
+                "examples": 1,
                 "tables": 1,
                 "figures": 1,
             },
@@ -233,6 +238,7 @@ def test_second_run_has_nothing_to_do(finished: Path) -> None:
                 "retraining": 4,
                 "finetuning": 6,
                 "evaluation": 6,
+                "examples": 1,
                 "tables": 1,
                 "figures": 1,
             },
@@ -309,7 +315,7 @@ def test_the_record_of_every_job_leads_back_to_the_corpus(finished: Path) -> Non
     results = sorted((finished / "results/tiny/evaluations/main").rglob("predictions.parquet"))
     found = provenance.lineage(records, results)
     assert (found.without_record, found.broken) == ((), ())
-    assert {record.stage for record in found.records} == {*JOBS} - {"synthesis", "cluster_statistics"}
+    assert {record.stage for record in found.records} == {*JOBS} - {"synthesis", "cluster_statistics", "examples"}
     assert not re.search("MIXED|UNRECORDED|OTHER SETTINGS", (finished / "results/tiny/tables/table3.md").read_text())
 
 
@@ -328,6 +334,25 @@ def test_an_archive_gives_the_tables_of_the_run(finished: Path, tmp_path: Path) 
         "retraining": 2,
         "finetuning": 8,
     }
+
+
+def test_the_report_is_one_file_that_holds_every_page(finished: Path) -> None:
+    run = snakemake(finished, "--report", "report.html", config=TINY)
+    assert run.returncode == 0, run.stdout + run.stderr
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    # Nothing is fetched: what a browser loads by itself stands in a tag, or in a style.
+    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page)
+    assert not [tag for tag in tags if re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", tag)]
+    assert not re.search(r"url\([\"']?https?:", page)
+    pages = [*(finished / "results/tiny/tables").glob("*.html"), *(finished / "results/tiny/figures").iterdir()]
+    assert len(pages) == 20
+    embedded = [
+        base64.b64decode(data) for data in re.findall(r"data:(?:text/html|image/svg\+xml);[^,]*base64,([\w+/=]+)", page)
+    ]
+    assert {path.name for path in pages if path.read_bytes() not in embedded} == set()
+    for caption in sorted((ROOT / "workflow/report").glob("*.rst")):
+        first = caption.read_text(encoding="utf-8").split("{")[0].split("*")[0].split(":")[0][:40]
+        assert first in html.unescape(page), caption.name
 
 
 class Stopped:

@@ -29,6 +29,7 @@ STAGES = {
     "retraining": "stage 3: masked prediction of the GMPs",
     "finetuning": "stage 4: fine-tune on emotion",
     "evaluation": "stage 5: classify the held-out utterances",
+    "examples": "single utterances for the report",
     "functionals": "openSMILE eGeMAPS functionals of every clip",
     "baseline": "classical reference: functionals and an SVM",
     "tables": "evaluations to Tables 1-4",

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from gmp_atl import audio
 from gmp_atl.audio import SAMPLE_RATE, AudioError
 from gmp_atl.encoder import HOP, Encoder, n_frames
 from gmp_atl.errors import UserError
@@ -20,6 +22,22 @@ from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
+
+
+def recording(root: Path, utterances: pa.Table, row: int) -> np.ndarray:
+    """Samples of an utterance of the utterance table, as `audio.load` gives them; `root` is the corpus's folder.
+
+    Raises:
+        UserError: the clip has changed since the corpus was read, or cannot be decoded.
+    """
+    path, expected = root / utterances["path"][row].as_py(), utterances["n_samples"][row].as_py()
+    samples = audio.load(path)
+    if len(samples) != expected:
+        raise UserError(
+            f"{path} has {len(samples)} samples at 16 kHz, but had {expected} when the corpus was read. Has it "
+            "changed? Rerun with: snakemake --forcerun corpus"
+        )
+    return samples
 
 
 @torch.inference_mode()

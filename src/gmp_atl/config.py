@@ -407,6 +407,7 @@ SLICES: dict[str, type[Section]] = {
     "retraining": RetrainingSlice,
     "finetuning": FinetuningSlice,
     "evaluation": FinetuningSlice,
+    "examples": FinetuningSlice,
     "baseline": BaselineSlice,
     "tables": Config,
 }

@@ -1,7 +1,8 @@
 """Every result of a run, loaded once for the tables and the figures.
 
 The evaluation folder alone is read: `corpus.parquet`, `**/predictions.parquet`,
-`**/cluster_statistics.parquet` and the records below `provenance`. Files are recognised by their metadata, never by
+`**/cluster_statistics.parquet` and the records below `provenance`; for the figures also `histories/**`,
+`**/embeddings.parquet` and `**/examples.parquet`. Files are recognised by their metadata or by their records, never by
 their places.
 """
 
@@ -22,7 +23,16 @@ import pandas as pd
 from gmp_atl import metrics, paper, provenance
 from gmp_atl.config import SLICES, Config, identity, shared_variant, slice_for, variant
 from gmp_atl.errors import UserError
-from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, PREDICTIONS
+from gmp_atl.formats import (
+    CLUSTER_STATISTICS,
+    CORPUS_SUMMARY,
+    EMBEDDINGS,
+    EXAMPLES,
+    HISTORY,
+    PREDICTIONS,
+    Format,
+    sha256,
+)
 from gmp_atl.provenance import Lineage
 
 log = logging.getLogger(__name__)
@@ -78,6 +88,7 @@ class Result:
     """id, session, and label and prediction as indices into the classes."""
     matrix: np.ndarray
     """Confusion counts, (classes, classes)."""
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class Evaluations:
     """variant, fold, seed, layer, size, statistic, value."""
     lineage: Lineage
     """Of the results: how they were made."""
+    folder: Path
+    """That all this was read from."""
 
     @cached_property
     def comparable(self) -> bool:
@@ -130,6 +143,37 @@ class Evaluations:
         """Counts pooled over folds and seeds, (classes, classes)."""
         empty = np.zeros((len(self.config.classes),) * 2, dtype=int)
         return sum((result.matrix for result in self.of(system)), start=empty)
+
+    def histories(self, system: System) -> dict[str, list[pd.DataFrame]]:
+        """Of the trainings behind a system's results: update, epoch, quantity, value; per stage, one of each job.
+
+        As far as records tell which files those are.
+        """
+        paths = {sha256(path): path for path in sorted((self.folder / "histories").rglob("*.parquet"))}
+        found: dict[str, list[pd.DataFrame]] = {}
+        for record in provenance.lineage(self.lineage.records, [result.path for result in self.of(system)]).records:
+            if path := paths.get(record.outputs.get("history", "")):
+                found.setdefault(record.stage, []).append(HISTORY.read(path)[0].to_pandas())
+        return found
+
+    def embeddings(self) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+        """EMBEDDINGS and their metadata; None where there are none."""
+        return self._only(EMBEDDINGS)
+
+    def examples(self) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+        """EXAMPLES and their metadata; None where there are none."""
+        return self._only(EXAMPLES)
+
+    def _only(self, kind: Format) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+        paths = sorted(self.folder.rglob(f"{kind.name}.parquet"))
+        if len(paths) > 1:
+            raise UserError(
+                f"{paths[0]} and {paths[1]}: one file of {kind.name} is expected; delete that of another run."
+            )
+        if not paths:
+            return None
+        table, header = kind.read(paths[0])
+        return table.to_pandas(), header
 
 
 def main_system(config: Config) -> System:
@@ -180,7 +224,7 @@ def load(config: Config, folder: Path) -> Evaluations:
     results = tuple(_read(config, *key, chosen[key]) for key in keys)
     _check_disjoint(results)
     lineage = provenance.lineage(provenance.read(folder / "provenance"), map(chosen.__getitem__, keys))
-    return Evaluations(config, corpus, results, _read_clusters(config, folder), lineage)
+    return Evaluations(config, corpus, results, _read_clusters(config, folder), lineage, folder)
 
 
 def origin(evaluations: Evaluations) -> list[str]:
@@ -263,7 +307,7 @@ def _read(config: Config, system: System, fold: int, seed: int, path: Path) -> R
     if frame.empty:
         raise UserError(f"{path} holds no prediction; delete it and run snakemake again.")
     matrix = metrics.confusion(frame["label"].to_numpy(), frame["prediction"].to_numpy(), len(config.classes))
-    return Result(system, fold, seed, header, frame, matrix)
+    return Result(system, fold, seed, header, frame, matrix, path)
 
 
 def _check_disjoint(results: Iterable[Result]) -> None:

@@ -346,6 +346,31 @@ PREDICTIONS = Format(
         "fit_on": str,
     },
 )
+EMBEDDINGS = Format(
+    "embeddings",
+    _schema(
+        id=pa.string(),
+        emotion=pa.string(),
+        gender=pa.string(),
+        encoder=pa.string(),  # pre-trained or fine-tuned
+        x=pa.float64(),  # coordinates on the first two principal components
+        y=pa.float64(),
+    ),
+    metadata={"fold": int, "seed": int, "explained": dict[str, list[float]]},  # shares of the variance, per encoder
+)
+EXAMPLES = Format(
+    "examples",
+    _schema(
+        id=pa.string(),
+        emotion=pa.string(),
+        # dB below the maximum, frames x frequencies from 0 to 8 kHz, in C order
+        spectrogram=pa.list_(pa.field("item", pa.int8(), nullable=False)),
+        # one list per codebook, a label per frame
+        labels=pa.list_(pa.field("item", pa.list_(pa.field("item", pa.uint16(), nullable=False)), nullable=False)),
+        scores=pa.list_(pa.field("item", pa.float32(), nullable=False)),
+    ),
+    metadata={"fold": int, "seed": int, "layer": int, "sizes": list[PositiveInt], "classes": list[str]},
+)
 FUNCTIONALS = Format(
     "functionals",
     _schema(id=pa.string(), values=pa.list_(pa.field("item", pa.float32(), nullable=False))),

@@ -8,12 +8,12 @@ points on IEMOCAP), seeds by chance alone (about 0.6 points of a five-fold mean)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,29 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval | 
         return None
     half_width = stdtrit(n - 1, (1 + confidence) / 2) * sample.std(ddof=1) / np.sqrt(n)
     return Interval(float(sample.mean() - half_width), float(sample.mean() + half_width), n)
+
+
+def sampling_interval(matrices: Sequence[np.ndarray], measure: str, confidence: float = 0.95) -> Interval:
+    """Of UAR or WAR, in percent, if other utterances of the same classes and speakers had been tested.
+
+    Recalls are of all matrices together, but vary as those of one: seeds are tested on the same utterances. Two
+    successes and two failures are added to each class (Agresti and Coull 1998), so that a recall of 0 or 1 is not taken
+    for certain. `n` is the number of utterances.
+
+    Args:
+        matrices: Confusion counts, (classes, classes), one per seed.
+        measure: UAR or WAR.
+    """
+    pooled = np.sum(matrices, axis=0)
+    present = pooled.sum(axis=1) > 0
+    n = pooled.sum(axis=1)[present] / len(matrices)
+    hits = np.diag(pooled)[present] / len(matrices)
+    if measure == "WAR":
+        n, hits = np.array([n.sum()]), np.array([hits.sum()])
+    recalls = (hits + 2) / (n + 4)
+    half_width = ndtri((1 + confidence) / 2) * float(np.sqrt((recalls * (1 - recalls) / (n + 4)).sum())) / len(n)
+    middle = float(recalls.mean())
+    return Interval(100 * max(0.0, middle - half_width), 100 * min(1.0, middle + half_width), int(n.sum()))
 
 
 def _means_of_folds(grid: pd.DataFrame) -> pd.Series:

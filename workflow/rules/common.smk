@@ -83,6 +83,9 @@ if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists() and no
 SEEDS = CONFIG.seeds
 FOLDS = range(1, len(CONFIG.folds.held_out) + 1)
 SIZES = CONFIG.clustering.sizes
+# The first job of the main system, whose utterances the report shows.
+FIRST = {"variant": "main", "layer": CONFIG.tables.layer, "gmps": CONFIG.tables.layer, "loss": "ams"}
+FIRST |= {"fold": 1, "seed": SEEDS[0]}
 # Layers whose GMPs the tables ask for.
 GMPS = sorted(
     ({CONFIG.tables.layer} if {2, 3} & {*CONFIG.tables.numbers} or CONFIG.ablations else set())
@@ -93,6 +96,12 @@ GMPS = sorted(
 
 def encoder_of_stage_1(wildcards):
     return made_by("multitask", rules.multitask.output.encoder, wildcards)
+
+
+def first(output):
+    """Of the first job of the main system."""
+    [path] = expand(output, **FIRST)
+    return path
 
 
 def codebooks(output, layers):
@@ -135,8 +144,8 @@ def head_of_stage_1(wildcards):
     return made_by("multitask", rules.multitask.output.head, wildcards)
 
 
-def evaluated():
-    """Every evaluation that the tables ask for; runs that several tables share are made once."""
+def evaluated_systems():
+    """(variant, layer of the GMPs, loss) of what the tables ask for; what several tables share is there once."""
     numbers, layer = set(CONFIG.tables.numbers), CONFIG.tables.layer
     systems = set()
     if 2 in numbers or CONFIG.ablations:
@@ -145,17 +154,27 @@ def evaluated():
         systems |= {("main", gmps, loss) for gmps in ("none", layer) for loss in ("ce", "ams")}
     if 4 in numbers:
         systems |= {("main", gmps, "ams") for gmps in CONFIG.tables.layers}
-    systems |= {(shared("evaluation", name), layer, "ams") for name in CONFIG.ablations}
+    return systems | {(shared("evaluation", name), layer, "ams") for name in CONFIG.ablations}
+
+
+def evaluated():
+    """Every evaluation that the tables ask for, and what they tell of the codebooks."""
     files = [
         path
-        for variant, gmps, loss in sorted(systems, key=str)
+        for variant, gmps, loss in sorted(evaluated_systems(), key=str)
         for path in expand(
             rules.evaluation.output.predictions, variant=variant, gmps=gmps, loss=loss, fold=FOLDS, seed=SEEDS
         )
     ]
-    if 2 in numbers and CONFIG.tables.baseline == "egemaps":
+    if 2 in CONFIG.tables.numbers and CONFIG.tables.baseline == "egemaps":
         files += expand(rules.baseline.output.predictions, fold=FOLDS)
     if GMPS:
         variants = {shared("clustering", name) for name in ("main", *CONFIG.ablations)}
         files += expand(rules.cluster_statistics.output.statistics, variant=sorted(variants), fold=FOLDS, seed=SEEDS)
     return files
+
+
+def illustrated():
+    """What only figures show: utterances of the main system, where it is evaluated."""
+    asked = ("main", CONFIG.tables.layer, "ams") in evaluated_systems()
+    return [rules.examples.output.embeddings, rules.examples.output.examples] if asked else []

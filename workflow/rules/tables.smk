@@ -1,7 +1,32 @@
-# Evaluations -> tables and figures: no audio, features, checkpoints or torch.
+# Evaluations -> tables, figures and report: no audio, features, checkpoints or torch.
 PAPER_TABLES = [f"table{number}" for number in sorted(CONFIG.tables.numbers)]
-RUN_TABLES = ["claims", "effects", "per_fold", "per_session", "confusion"] + ["clusters"] * bool(GMPS)
-RUN_TABLES += ["ablations"] * bool(CONFIG.ablations)
+RUN_TABLES = ["claims", "effects", "per_fold", "per_session", "confusion", "provenance"]
+RUN_TABLES += ["clusters"] * bool(GMPS) + ["ablations"] * bool(CONFIG.ablations)
+FIGURES = ["table4", "scores", "folds", "confusions", "training", "clusters", "jobs", "embeddings", "utterances"]
+
+
+CATEGORIES = {
+    "Tables of the paper": ["table1", "table2", "table3", "table4"],
+    "Claims of the paper": ["claims", "effects"],
+    "Ablations": ["ablations"],
+    "Folds and sessions": ["scores", "folds", "per_fold", "per_session"],
+    "Confusions": ["confusion", "confusions"],
+    "Training": ["training"],
+    "Codebooks": ["clusters"],
+    "Utterances": ["embeddings", "utterances"],
+    "Provenance": ["jobs", "provenance"],
+}
+
+
+def page(folder, name, suffix):
+    """A file of the results as a page of the report, in its category."""
+    kind = {"html": "table", "svg": "figure"}[suffix]
+    caption = f"../report/{'tables' if kind == 'table' else name}.rst"
+    [category] = [category for category, names in CATEGORIES.items() if name in names]
+    # One label alone: a page whose labels do not combine in every way breaks Snakemake's report.
+    labels = {"shows": f"{name.replace('_', ' ')} ({kind})"}
+    path = f"<results>/{folder}/{name}.{suffix}"
+    return report(path, caption=caption, category=category, labels=labels)
 
 
 rule tables:
@@ -9,7 +34,8 @@ rule tables:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
     output:
-        expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md", "html"]),
+        [page("tables", name, "html") for name in PAPER_TABLES + RUN_TABLES],
+        expand("<results>/tables/{table}.{suffix}", table=PAPER_TABLES + RUN_TABLES, suffix=["csv", "md"]),
         expand("<results>/tables/{table}.tex", table=PAPER_TABLES),
         provenance="<logs>/tables.json",
     log:
@@ -31,9 +57,9 @@ rule figures:
     input:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
+        utterances=illustrated(),
     output:
-        layers="<results>/figures/table4.svg",
-        confusion="<results>/figures/confusion.svg",
+        [page("figures", name, "svg") for name in FIGURES],
         provenance="<logs>/figures.json",
     log:
         "<logs>/figures.log",
@@ -43,7 +69,7 @@ rule figures:
     params:
         config=settings("tables"),
         evaluations=subpath(input.corpus, parent=True),
-        folder=subpath(output.layers, parent=True),
+        folder=subpath(output[0], parent=True),
         code=code_hash("figures"),
     shell:
         "python -m gmp_atl figures --config {params.config:q} --evaluations {params.evaluations}"
@@ -55,8 +81,9 @@ rule archive:
     input:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
+        utterances=illustrated(),
         table=rules.tables.output[0],
-        figure=rules.figures.output.layers,
+        figure=rules.figures.output[0],
     output:
         archive=f"<results>/{CONFIG.name}.zip",
         provenance="<logs>/archive.json",

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gmp_atl import audio, clips, devices
+from gmp_atl import clips, devices
 from gmp_atl import encoder as encoders
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
-from gmp_atl.errors import UserError
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
 
 log = logging.getLogger(__name__)
@@ -55,12 +54,7 @@ def local_features(
 
 
 def _features(table: pa.Table, root: Path, model: Encoder, normalise: bool) -> Iterator[tuple[str, np.ndarray]]:
-    for utterance in table.select(["id", "path", "n_samples"]).to_pylist():
-        path = root / utterance["path"]
-        samples = audio.load(path)
-        if len(samples) != utterance["n_samples"]:
-            raise UserError(
-                f"{path} has {len(samples)} samples at 16 kHz, but had {utterance['n_samples']} when the corpus was "
-                "read. Has it changed? Rerun with: snakemake --forcerun corpus"
-            )
-        yield utterance["id"], clips.local_features(model, samples, path, normalise=normalise)
+    names = zip(table["id"].to_pylist(), table["path"].to_pylist(), strict=True)
+    for row, (utterance, path) in enumerate(names):
+        samples = clips.recording(root, table, row)
+        yield utterance, clips.local_features(model, samples, root / path, normalise=normalise)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -56,8 +57,8 @@ def tables(*, config: Config, evaluations: Path, output: Output) -> None:
         config: The whole config.
         evaluations: Folder with `corpus.parquet` and, below it, the predictions and cluster statistics.
         output: Gets `table1` ... `table4`, as far as asked for, as .csv, .md, .html and .tex; without .tex
-            `claims`, `effects`, `per_fold`, `per_session`, `confusion` (long, and a matrix of the main row),
-            `ablations` where the config has some, and `clusters` where there are cluster statistics.
+            `claims`, `effects`, `per_fold`, `per_session`, `provenance`, `confusion` (long, and a matrix of the main
+            row), `ablations` where the config has some, and `clusters` where there are cluster statistics.
 
     Raises:
         UserError: as `evaluations.load` does.
@@ -66,7 +67,7 @@ def tables(*, config: Config, evaluations: Path, output: Output) -> None:
     papers = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}
     for number in sorted(set(config.tables.numbers)):
         _write(papers[number](run), output, "csv", "md", "html", "tex")
-    for table in (_claims(run), _effects(run), _per_fold(run), _per_session(run)):
+    for table in (_claims(run), _effects(run), _per_fold(run), _per_session(run), _provenance(run)):
         _write(table, output, "csv", "md", "html")
     _write(_confusion_counts(run), output, "csv")
     _write(_confusion_matrix(run), output, "md", "html")
@@ -299,6 +300,19 @@ def _per_session(run: Evaluations) -> Table:
             rows.append({"System": _system(system), "Session": session, "Utterances": utterances, **means})
     footer = ["Means over seeds; UAR over the classes that the session has.", *origin(run)]
     return Table("per_session", "UAR and WAR of every session", rows, _partial(run), footer)
+
+
+def _provenance(run: Evaluations) -> Table:
+    jobs = Counter(
+        (record.stage, record.code, (record.commit or NONE)[:12], "yes" if record.modified else "no", record.device)
+        for record in run.lineage.records
+    )
+    headings = ("Stage", "Code", "Commit", "Modified", "Device")
+    rows: list[Row] = [
+        {**dict(zip(headings, key, strict=True)), "Jobs": str(count)} for key, count in sorted(jobs.items())
+    ]
+    nothing: list[Row] = [{**dict.fromkeys(headings, NOT_RUN), "Jobs": "0"}]
+    return Table("provenance", "Jobs behind the results, as recorded", rows or nothing, _partial(run), origin(run))
 
 
 def _confusion_counts(run: Evaluations) -> Table:
