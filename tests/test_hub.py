@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HubertModel, pipeline
 from transformers.utils import logging as transformers_logging
 
-from gmp_atl import audio, cli, hub
+from gmp_atl import audio, classifier, cli, hub
+from gmp_atl.audio import MIN_SAMPLES
+from gmp_atl.clips import Clips, local_features
+from gmp_atl.config import ComputeConfig
 from gmp_atl.errors import UserError
 from gmp_atl.formats import PREDICTIONS
 
@@ -136,3 +140,24 @@ def test_a_folder_that_exists_is_not_written_to(spoken, exported):
     with pytest.raises(UserError, match="exists already"):
         hub.export(spoken.model, exported)
     assert sorted((path, path.stat().st_mtime_ns) for path in exported.parent.rglob("*")) == before
+
+
+def test_onnx_gives_the_scores_of_evaluation_and_of_any_length(spoken, tmp_path):
+    folder = tmp_path / "model"
+    assert cli.main(["export", str(spoken.model), str(folder), "--onnx"]) == 0
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["angry", "sad"]
+    samples = clips(spoken)
+    for row in PREDICTIONS.read(spoken.predictions)[0].to_pylist():
+        [[*scores]] = session.run(["scores"], {"samples": samples[row["id"]][None]})[0]
+        assert scores == pytest.approx(row["scores"], abs=1e-5)
+    random = np.random.default_rng(0)
+    network, described = classifier.load(spoken.model)
+    for length in (MIN_SAMPLES, MIN_SAMPLES + 1, 7_777, 70_000):
+        noise = random.normal(size=length).astype(np.float32)
+        local = local_features(network.encoder, noise, Path("noise"), normalise=described.normalise_audio)
+        expected = classifier.scores(
+            network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu")
+        )
+        found = session.run(["scores"], {"samples": noise[None]})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5)

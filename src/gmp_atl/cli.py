@@ -264,11 +264,14 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument("output", type=Path, help="folder, which must not exist yet")
     help = "results/<name>/evaluations, which the model card tells of (default: those of the model's run)"
     parser.add_argument("--evaluations", type=Path, help=help)
+    parser.add_argument(
+        "--onnx", action="store_true", help="add model.onnx, which needs neither torch nor this package"
+    )
     parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
     from gmp_atl.hub import export
 
-    export(options.model, options.output, options.evaluations)
+    export(options.model, options.output, options.evaluations, onnx=options.onnx)
     return 0

@@ -107,11 +107,12 @@ AutoConfig.register(GmpAtlConfig.model_type, GmpAtlConfig)
 AutoModelForAudioClassification.register(GmpAtlConfig, GmpAtlForAudioClassification)
 
 
-def export(model: Path, output: Path, evaluations: Path | None = None) -> None:
+def export(model: Path, output: Path, evaluations: Path | None = None, *, onnx: bool = False) -> None:
     """Write a fine-tuned model, its feature extractor's settings and its model card to a new folder.
 
     Args:
         evaluations: Of the run that made the model; None looks for them where the workflow puts them.
+        onnx: Whether to add the model as an ONNX graph, `model.onnx`.
 
     Raises:
         UserError: `model` is not a fine-tuned model, `output` exists, or the evaluations know nothing of the model.
@@ -128,6 +129,10 @@ def export(model: Path, output: Path, evaluations: Path | None = None) -> None:
             sampling_rate=SAMPLE_RATE, do_normalize=description.normalise_audio, return_attention_mask=True
         ).save_pretrained(folder)
         write_text(folder / "README.md", card)
+        if onnx:
+            from gmp_atl import onnx_graph
+
+            onnx_graph.write(network, description, folder / "model.onnx")
         folder.rename(output)
     log.info("%s: model for transformers, once gmp_atl.hub is imported", output)
 
