@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import HubertConfig, HubertModel
+from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.utils import logging as transformers_logging
 
 from gmp_atl import classifier
@@ -104,6 +104,19 @@ def test_every_layer_is_that_of_transformers(reference, encoder, n_samples):
     with torch.inference_mode():
         states = layers_of_encoder(encoder, encoder.local_features(audio))
     for layer, expected in layers_of_transformers(reference.model, audio).items():
+        torch.testing.assert_close(states[layer], expected, atol=1e-4, rtol=0, msg=f"layer {layer}")
+
+
+@pytest.mark.parametrize("kind", [BASE, LARGE], ids=["base", "large"])
+def test_a_wav2vec_2_is_read_as_the_same_network(kind, tmp_path):
+    """From a checkpoint with the head of pre-training on it, as the hub's are."""
+    torch.manual_seed(0)
+    model = Wav2Vec2ForPreTraining(Wav2Vec2Config(**kind)).eval()
+    model.save_pretrained(tmp_path)
+    encoder, audio = encoders.load(tmp_path)[0].eval(), sound(5000)
+    with torch.inference_mode():
+        states = layers_of_encoder(encoder, encoder.local_features(audio))
+    for layer, expected in layers_of_transformers(model.wav2vec2, audio).items():
         torch.testing.assert_close(states[layer], expected, atol=1e-4, rtol=0, msg=f"layer {layer}")
 
 
@@ -223,7 +236,8 @@ def test_half_precision_weights_are_computed_with_in_single(reference, tmp_path)
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2'"),
+        ({"model_type": "wavlm"}, "model_type is 'wavlm'"),
+        ({"model_type": "wav2vec2", "add_adapter": True}, "add_adapter is True"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 4]}, "conv_stride"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm"),

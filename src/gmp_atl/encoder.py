@@ -50,6 +50,9 @@ def n_frames(n_samples: int) -> int:
     return max(0, n_samples)
 
 
+_MODEL_TYPES = ("hubert", "wav2vec2")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What of a HuBERT `config.json` shapes the network."""
@@ -69,18 +72,21 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: Path) -> Architecture:
-        """Read `config.json` of a HuBERT.
+        """Read `config.json` of a HuBERT, or of a wav2vec 2.0, whose network is the same.
 
         Raises:
             UserError: another model, other strides, or an option that this encoder does not have.
         """
+        if config.get("model_type", "hubert") not in _MODEL_TYPES:
+            supported = " and ".join(map(repr, _MODEL_TYPES))
+            raise UserError(f"{source}: model_type is {config['model_type']!r}, but only {supported} are supported.")
         expected = {
-            "model_type": "hubert",
             "conv_kernel": list(CONV_KERNELS),
             "conv_stride": list(CONV_STRIDES),
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",
             "conv_pos_batch_norm": False,
+            "add_adapter": False,
         }
         for key, value in expected.items():
             if config.get(key, value) != value:
@@ -541,6 +547,6 @@ def origin(metadata: dict[str, Any], source: Path) -> dict[str, Any]:
 
 def _canonical(name: str) -> str:
     """Parameter name as in a bare HubertModel of today's torch."""
-    name = name.removeprefix("hubert.")
+    name = name.removeprefix("hubert.").removeprefix("wav2vec2.")
     name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
     return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
