@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def decide(grid: pd.DataFrame, margin: float) -> Verdict:
     return verdict(found.interval, margin)
 
 
+NOWHERE = Path("nowhere")
 Scores = dict[tuple[int | None, str], list[float]]
 
 
@@ -43,16 +45,15 @@ def made(scores: Scores, corpus: str = "iemocap", complete: bool = True, **chang
     folds = {"by": "session", "held_out": [[name] for name in SESSIONS]}
     header = {"selection": "last", "fit_on": "training", **changes.pop("header", {})}
     results = [
-        Result(System(layer=layer, loss=loss), fold, seed, header, pd.DataFrame(), matrix(uar + seed))
+        Result(System(layer=layer, loss=loss), fold, seed, header, pd.DataFrame(), matrix(uar + seed), NOWHERE)
         for (layer, loss), uars in scores.items()
         for fold, uar in enumerate(uars, start=1)
         for seed in (0, 1)
     ]
     settings = config(**{"folds": folds, "tables": {"layers": [*paper.TABLE_4]}, **changes})
     nothing = pd.DataFrame()
-    return Evaluations(
-        settings, Corpus(corpus, complete, "", {}, nothing), tuple(results), nothing, Lineage((), (), ())
-    )
+    corpus_read = Corpus(corpus, complete, "", {}, nothing)
+    return Evaluations(settings, corpus_read, tuple(results), nothing, Lineage((), (), ()), NOWHERE)
 
 
 def matrix(uar: float) -> np.ndarray:

@@ -166,6 +166,29 @@ def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, pre
     assert int(total.split("|")[column]) == told.total()
 
 
+@pytest.mark.parametrize(("preset", "variants"), [("gender", 6), ("scales", 6), ("peers", 2), ("wav2vec2", 0)])
+def test_a_preset_adds_what_it_compares(corpora: Path, preset: str, variants: int) -> None:
+    config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text())
+    main = plan(corpora, config={"seeds": [1]})
+    added = plan(corpora, config={**config, "seeds": [1]})
+    added.subtract(main)
+    losses = len(config.get("tables", {}).get("ablation_losses", ["ams"]))
+    folds = 5
+    sizes = [len(each.get("clustering", {}).get("sizes", "abc")) for each in config.get("ablations", {}).values()]
+    expected = {
+        "multitask": folds * variants,
+        "layer_features": folds * variants,
+        "clustering": folds * sum(sizes),
+        "cluster_statistics": folds * variants,
+        "retraining": folds * variants,
+        "finetuning": folds * variants * losses,
+        "evaluation": folds * variants * losses,
+    }
+    if preset == "scales":
+        expected |= dict.fromkeys(["multitask", "layer_features", "clustering", "cluster_statistics"], 0)
+    assert +added == +Counter(expected)
+
+
 def test_missing_iemocap_stops_at_once_and_says_what_to_do(tmp_path: Path) -> None:
     run = snakemake(tmp_path)
     output = run.stdout + run.stderr
@@ -219,6 +242,21 @@ def test_second_run_has_nothing_to_do(finished: Path) -> None:
             {
                 "layer_features": 2,
                 "clustering": 4,
+                "cluster_statistics": 2,
+                "retraining": 2,
+                "finetuning": 4,
+                "evaluation": 4,
+                "examples": 1,
+                "tables": 1,
+                "figures": 1,
+            },
+        ),
+        (
+            # The features that codebooks come from are not kept, so that one more codebook means all of them again.
+            {"clustering": {"sizes": [8, 16, 32]}},
+            {
+                "layer_features": 2,
+                "clustering": 6,
                 "cluster_statistics": 2,
                 "retraining": 2,
                 "finetuning": 4,

@@ -95,7 +95,7 @@ class ScratchEncoderConfig(Section):
 
 
 class EncoderConfig(Section):
-    """The pre-trained HuBERT."""
+    """The pre-trained HuBERT, or a wav2vec 2.0, whose network is the same."""
 
     source: Literal["hub", "directory", "scratch"]
     """Hugging Face hub, a folder, or random weights of the size that `scratch` gives."""
@@ -271,6 +271,8 @@ class TablesConfig(Section):
     """Of the GMPs in Tables 2 and 3."""
     layers: list[Layer] = Field(default=[-1, -2, -3, -4, -5, -6, -7, -8], min_length=1)
     """Of the GMPs in Table 4."""
+    ablation_losses: list[Literal["ce", "ams"]] = Field(default=["ams"], min_length=1)
+    """That each ablation, and the main row beside it, is fine-tuned with."""
     baseline: Literal["egemaps", "none"] = "egemaps"
     """Classical reference in Table 2: openSMILE functionals and an SVM; openSMILE is for research use."""
 
@@ -320,6 +322,9 @@ class Config(Section):
 
 NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes"}}
 """Keys that say where and how fast, not what: no part of the experiment's identity, nor of what a stage is given."""
+
+_UNREAD: dict[str, dict[str, Any]] = {stage: {"clustering": {"sizes"}} for stage in ("layer_features", "clustering")}
+"""By stage: a job makes one codebook, whichever others are asked for."""
 
 ABLATABLE = frozenset({"multitask", "clustering", "retraining", "finetuning", "head"})
 
@@ -459,7 +464,12 @@ def shared_variant(config: Config, stage: str, name: str) -> str:
 
 def slice_for(config: Config, stage: str) -> dict[str, Any]:
     """The sections that a stage reads, as a JSON-able mapping; read back with `SLICES[stage]`."""
-    return config.model_dump(mode="json", include=set(SLICES[stage].model_fields), exclude=NOT_IN_RESULTS)
+    return config.model_dump(mode="json", include=set(SLICES[stage].model_fields), exclude=unread(stage))
+
+
+def unread(stage: str) -> dict[str, Any]:
+    """Keys of a stage's sections that its results do not depend on, as pydantic excludes them."""
+    return NOT_IN_RESULTS | _UNREAD.get(stage, {})
 
 
 def identity(config: Config) -> str:

@@ -188,9 +188,9 @@ def table_3_systems(config: Config) -> dict[tuple[bool, str], System]:
     }
 
 
-def ablation_system(config: Config, name: str) -> System:
-    """The main row under an ablation, which may share its evaluation with an equal variant."""
-    return System(variant=shared_variant(config, "evaluation", name), layer=config.tables.layer, loss="ams")
+def ablation_system(config: Config, name: str, loss: str) -> System:
+    """The row with GMPs under an ablation, which may share its evaluation with an equal variant; `main` is none."""
+    return System(variant=shared_variant(config, "evaluation", name), layer=config.tables.layer, loss=loss)
 
 
 def systems(config: Config) -> list[System]:
@@ -198,7 +198,9 @@ def systems(config: Config) -> list[System]:
     asked = list(table_3_systems(config).values()) if 3 in config.tables.numbers else [main_system(config)]
     if 4 in config.tables.numbers:
         asked += [System(layer=layer, loss="ams") for layer in config.tables.layers]
-    asked += [ablation_system(config, name) for name in config.ablations]
+    if config.ablations:
+        variants = ("main", *config.ablations)
+        asked += [ablation_system(config, name, loss) for loss in config.tables.ablation_losses for name in variants]
     if 2 in config.tables.numbers and config.tables.baseline == "egemaps":
         asked.append(BASELINE)
     return list(dict.fromkeys(asked))

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gmp_atl.code import code_hash
-from gmp_atl.config import NOT_IN_RESULTS
+from gmp_atl.config import unread
 from gmp_atl.errors import UserError
 from gmp_atl.formats import Role, sha256, write_text
 
@@ -81,7 +81,7 @@ def recording(path: Path, stage: str, options: Mapping[str, Any], roles: Mapping
     record = Record(
         stage=stage,
         job={name: value for name, value in options.items() if _is_plain(value) and name != "gpus"},
-        config=settings.model_dump(mode="json", exclude=NOT_IN_RESULTS) if settings is not None else {},
+        config=settings.model_dump(mode="json", exclude=unread(stage)) if settings is not None else {},
         code=code_hash(stage),
         commit=_git("rev-parse", "HEAD"),
         modified=bool(_git("status", "--porcelain", "--", "Snakefile", "workflow", "src")),

@@ -65,8 +65,8 @@ rule clustering:
 rule cluster_statistics:
     input:
         utterances=rules.corpus.output.utterances,
-        centroids=codebooks(rules.clustering.output.centroids, layers_of),
-        labels=codebooks(rules.clustering.output.labels, layers_of),
+        centroids=codebooks(rules.clustering.output.centroids, layers_of, sizes_made_by),
+        labels=codebooks(rules.clustering.output.labels, layers_of, sizes_made_by),
     output:
         statistics="<results>/evaluations/clusters/{variant}/fold{fold}/seed{seed}/cluster_statistics.parquet",
         provenance="<provenance>/cluster_statistics/{variant}/fold{fold}/seed{seed}.json",

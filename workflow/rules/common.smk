@@ -104,15 +104,14 @@ def first(output):
     return path
 
 
-def codebooks(output, layers):
-    """One file per layer and codebook, of all codebooks that the job's variant has."""
+def codebooks(output, layers, sizes):
+    """One file per layer and codebook that `layers` and `sizes` say of the job."""
 
     def of_job(wildcards):
-        sizes = variant(wildcards.variant).clustering.sizes
         return [
             made_by("clustering", output, wildcards, layer=layer, size=size)
             for layer in layers(wildcards)
-            for size in sizes
+            for size in sizes(wildcards)
         ]
 
     return of_job
@@ -121,6 +120,17 @@ def codebooks(output, layers):
 def layers_of(wildcards):
     """Layers whose GMPs a variant is evaluated with: the main run's tables, or the one layer of an ablation."""
     return GMPS if wildcards.variant == "main" else [CONFIG.tables.layer]
+
+
+def sizes_of(wildcards):
+    """Codebooks that a variant is retrained with."""
+    return variant(wildcards.variant).clustering.sizes
+
+
+def sizes_made_by(wildcards):
+    """Codebooks that a variant makes for itself and for those that share its clustering."""
+    sharing = [name for name in ("main", *CONFIG.ablations) if shared("clustering", name) == wildcards.variant]
+    return sorted({size for name in sharing for size in variant(name).clustering.sizes})
 
 
 def start_of_retraining(wildcards):
@@ -148,13 +158,16 @@ def evaluated_systems():
     """(variant, layer of the GMPs, loss) of what the tables ask for; what several tables share is there once."""
     numbers, layer = set(CONFIG.tables.numbers), CONFIG.tables.layer
     systems = set()
-    if 2 in numbers or CONFIG.ablations:
+    if 2 in numbers:
         systems.add(("main", layer, "ams"))
     if 3 in numbers:
         systems |= {("main", gmps, loss) for gmps in ("none", layer) for loss in ("ce", "ams")}
     if 4 in numbers:
         systems |= {("main", gmps, "ams") for gmps in CONFIG.tables.layers}
-    return systems | {(shared("evaluation", name), layer, "ams") for name in CONFIG.ablations}
+    if CONFIG.ablations:
+        variants = {shared("evaluation", name) for name in ("main", *CONFIG.ablations)}
+        systems |= {(variant, layer, loss) for variant in variants for loss in CONFIG.tables.ablation_losses}
+    return systems
 
 
 def evaluated():

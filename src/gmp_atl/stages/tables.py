@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -233,16 +234,16 @@ def _effects(run: Evaluations) -> Table:
 
 
 def _ablations(run: Evaluations) -> Table:
-    main = main_system(run.config)
-    named = {"main": main} | {name: ablation_system(run.config, name) for name in run.config.ablations}
     rows: list[Row] = []
-    for name, system in named.items():
+    for loss, name in product(run.config.tables.ablation_losses, ("main", *run.config.ablations)):
+        main, system = (ablation_system(run.config, each, loss) for each in ("main", name))
         headers = [result.header for result in run.of(system)]
         for measure in MEASURES:
             own = None if name == "main" else _paired(run, system, main, measure)
             rows.append(
                 {
                     "Variant": name,
+                    "Loss": LOSSES[loss],
                     "Changes": json.dumps(run.config.ablations[name]).replace('"', "") if name != "main" else "none",
                     "Measure": measure,
                     "Value ±folds ±seeds": _spread("value", run, system, measure),
@@ -253,8 +254,8 @@ def _ablations(run: Evaluations) -> Table:
                 }
             )
     footer = [
-        f"GMPs of layer {main.layer} and AMS loss, under other readings of the paper. {PLUS_MINUS}",
-        "Differences from main in points, with 95 % t intervals as in the table of effects.",
+        f"GMPs of layer {run.config.tables.layer}, under other settings than main's. {PLUS_MINUS}",
+        "Differences from main with the same loss in points, with 95 % t intervals as in the table of effects.",
         *origin(run),
     ]
     return Table("ablations", "Ablations", rows, _partial(run), footer)
