@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from snakemake_logger_plugin_gmp import Job
+from gmp_atl import progress
+from gmp_atl.progress import Meter, clock
+from snakemake_logger_plugin_gmp import STATE, Job
 
 SNAKEFILE = """
 rule all:
@@ -161,6 +163,8 @@ def test_terminal_shows_rules_and_what_remains(toy: Path) -> None:
         ("multitask fold 1 seed 2: update 30 of 225, loss 1.234", "update 30 of 225, loss 1.234"),
         ("note: waiting for one of the GPUs 0, 1", "waiting for one of the GPUs 0, 1"),
         ("note: waiting for one of the GPUs 0\nupdate 3 of 5\nloading", "update 3 of 5"),
+        ("gmp_atl: clip 30 of 225, 12 s of audio per second", "clip 30 of 225, 12 s of audio per second"),
+        ("iteration 4 of 20, 0:01:00 left\nupdate", "iteration 4 of 20, 0:01:00 left"),
         ("loading", ""),
         ("note: too far back\n" + "loading\n" * 1000, ""),
     ],
@@ -185,3 +189,30 @@ rule training:
         encoding="utf-8",
     )
     assert re.search(r"training\S*\s+\S*0/1\S*\s+0:0\d update 30 of 225", on_terminal(tmp_path))
+
+
+def test_a_long_stage_tells_how_far_it_is_how_fast_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    meter = Meter("clip", 400)
+    with caplog.at_level("INFO"):
+        for _ in range(400):  # a clip of 3 s in 1 s
+            now[0] += 1.0
+            meter.advance(audio=3.0)
+    lines = caplog.messages
+    assert len(lines) == 400 // progress.PROGRESS_SECONDS - 1, "the end is no line of its own"
+    assert lines[4] == "clip 100 of 400, 3 s of audio per second, 0:05:00 left"
+    assert all(STATE.search(line) for line in lines)
+
+
+def test_what_takes_no_time_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        Meter("iteration", 3).advance(2)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.7, "0:01:00"), (3725, "1:02:05")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

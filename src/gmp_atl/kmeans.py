@@ -15,6 +15,8 @@ import faiss
 import numpy as np
 from scipy import sparse
 
+from gmp_atl.progress import Meter
+
 _BLOCK = 32_768
 """Frames that are searched at once: 100 MB at 768 dimensions in float32."""
 _SEEDING = 16_384
@@ -49,13 +51,14 @@ def lloyd(
     """
     search = _Search(initial.shape[1], gpus)
     centroids, before = np.ascontiguousarray(initial, dtype=np.float32), None
-    sums = np.zeros(centroids.shape)
+    sums, meter = np.zeros(centroids.shape), Meter("iteration", iterations)
     for _ in range(iterations):
         assignment = _pass(frames, search, centroids, before, sums)
         if before is not None and np.array_equal(before, assignment.labels):
             return centroids, assignment
         before = assignment.labels
         centroids = _means(sums, np.bincount(before, minlength=len(centroids)))
+        meter.advance()
     return centroids, _pass(frames, search, centroids)
 
 

@@ -33,13 +33,13 @@ from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Regularisation, load_tensors, save_tensors
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY, remove_partial, sha256
+from gmp_atl.progress import PROGRESS_SECONDS, clock
 from gmp_atl.randomness import Key
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_MINUTES = float(os.environ.get("GMP_ATL_CHECKPOINT_MINUTES", "10"))
 """compute.checkpoint_minutes; it comes by the environment because it must not count as a change of the job."""
-_PROGRESS_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Trainer:
                 if stop:
                     log.warning("%s: stopped by %s after update %d", self.key.stage, stop.name, self.progress.update)
                     raise SystemExit(128 + stop)
-                if now - reported >= _PROGRESS_SECONDS:
+                if now - reported >= PROGRESS_SECONDS:
                     reported = now
                     self._report(seconds / (now - started), (now - started) / (self.progress.update - first))
         if self.progress.best_weights:
@@ -271,9 +271,9 @@ class Trainer:
         loss = next(v for _, name, v in reversed(self.progress.history) if name == "loss")
         left = (self.updates - self.progress.update) * seconds_per_update
         log.info(
-            "%s fold %d seed %d: update %d of %d, loss %.3f, %.0f s of audio per second, %d:%02d:%02d left",
+            "%s fold %d seed %d: update %d of %d, loss %.3f, %.0f s of audio per second, %s left",
             *(self.key.stage, self.key.fold, self.key.seed, self.progress.update, self.updates, loss, rate),
-            *(left // 3600, left // 60 % 60, left % 60),
+            clock(left),
         )
 
     def _save(self) -> None:

@@ -30,8 +30,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 NOTICE_PREFIX = "note: "
 """Marks lines of a job's log that are passed on."""
-STATE = re.compile(rf"^{NOTICE_PREFIX}(.+)$|(update \d+ of \d+.*)$", re.MULTILINE)
-"""Lines of a job's log that say what it is doing: a notice, or the progress of a training job."""
+STATE = re.compile(rf"^{NOTICE_PREFIX}(.+)$|((?:update|clip|iteration) \d+ of \d+.*)$", re.MULTILINE)
+"""Lines of a job's log that say what it is doing: a notice, or how far it is."""
 STATE_SECONDS = 5.0
 """Age at which a running job's state is read again; logs may lie on a network disk."""
 TAIL_BYTES = 4096

@@ -12,12 +12,13 @@ import torch
 
 from gmp_atl import devices
 from gmp_atl import encoder as encoders
-from gmp_atl.clips import Clips, collate, whole, within_budget
+from gmp_atl.clips import FRAME_SECONDS, Clips, collate, whole, within_budget
 from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_rows
+from gmp_atl.progress import Meter
 
 
 def layer_features(
@@ -44,6 +45,7 @@ def layer_features(
     split.refuse_leaks(metadata["fitted_on"], encoder)
     if config.clustering.fit_on == "all":
         split = everything(utterances)
+    meter = Meter("clip", len(split.ids))
     with ExitStack() as stack:
         append: dict[int, Callable[[pa.RecordBatch], None]] = {}
         for layer, path in zip(layers, outputs, strict=True):
@@ -53,6 +55,7 @@ def layer_features(
         for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
             for layer, frames in _hidden_states(model, clips, layers, config, device).items():
                 append[layer](feature_rows(clips.ids, frames))
+            meter.advance(len(clips.ids), audio=FRAME_SECONDS * clips.lengths.sum())
 
 
 @torch.inference_mode()

@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from gmp_atl import clips, devices
 from gmp_atl import encoder as encoders
+from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
+from gmp_atl.progress import Meter
 
 log = logging.getLogger(__name__)
 _ROW_GROUP_BYTES = 32 * 2**20
@@ -55,6 +57,8 @@ def local_features(
 
 def _features(table: pa.Table, root: Path, model: Encoder, normalise: bool) -> Iterator[tuple[str, np.ndarray]]:
     names = zip(table["id"].to_pylist(), table["path"].to_pylist(), strict=True)
+    meter = Meter("clip", len(table))
     for row, (utterance, path) in enumerate(names):
         samples = clips.recording(root, table, row)
+        meter.advance(audio=len(samples) / SAMPLE_RATE)
         yield utterance, clips.local_features(model, samples, root / path, normalise=normalise)
