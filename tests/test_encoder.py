@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForPreTraining,
+    WavLMConfig,
+    WavLMModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from gmp_atl import classifier
@@ -118,6 +125,46 @@ def test_a_wav2vec_2_is_read_as_the_same_network(kind, tmp_path):
         states = layers_of_encoder(encoder, encoder.local_features(audio))
     for layer, expected in layers_of_transformers(model.wav2vec2, audio).items():
         torch.testing.assert_close(states[layer], expected, atol=1e-4, rtol=0, msg=f"layer {layer}")
+
+
+@pytest.fixture(scope="module", params=[BASE, LARGE], ids=["base", "large"])
+def wavlm(request, tmp_path_factory) -> Reference:
+    torch.manual_seed(0)
+    # Few buckets, so that a second of speech reaches those of many distances.
+    model = WavLMModel(WavLMConfig(**request.param, num_buckets=32, max_bucket_distance=40)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("wavlm")
+    model.save_pretrained(folder)
+    return Reference(model, folder)
+
+
+@pytest.mark.parametrize("n_samples", [400, 5000, 48_000])
+def test_every_layer_of_a_wavlm_is_that_of_transformers(wavlm, n_samples):
+    encoder, audio = encoders.load(wavlm.folder)[0].eval(), sound(n_samples)
+    with torch.inference_mode():
+        states = layers_of_encoder(encoder, encoder.local_features(audio))
+    for layer, expected in layers_of_transformers(wavlm.model, audio).items():
+        torch.testing.assert_close(states[layer], expected, atol=1e-4, rtol=0, msg=f"layer {layer}")
+
+
+def test_a_wavlm_does_not_see_padding_and_is_saved_as_one(wavlm, tmp_path):
+    encoder = encoders.load(wavlm.folder)[0].eval()
+    clips = [torch.randn(length, 16, generator=torch.Generator().manual_seed(length)) for length in (31, 90)]
+    lengths = torch.tensor([31, 90])
+    padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=float("nan"))
+    with torch.inference_mode():
+        together = encoder(padded, lengths)
+        for clip, states in zip(clips, together, strict=True):
+            alone = encoder(clip[None], torch.tensor([len(clip)]))[0]
+            torch.testing.assert_close(states[: len(clip)], alone, atol=1e-5, rtol=0)
+    encoders.save(encoder, tmp_path, encoder="made", fitted_on=[])
+    loaded, report = WavLMModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    audio = sound(5000)
+    for layer, expected in layers_of_transformers(wavlm.model, audio).items():
+        assert torch.equal(layers_of_transformers(loaded.eval(), audio)[layer], expected)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 1.0])
@@ -236,7 +283,8 @@ def test_half_precision_weights_are_computed_with_in_single(reference, tmp_path)
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "wavlm"}, "model_type is 'wavlm'"),
+        ({"model_type": "data2vec-audio"}, "model_type is 'data2vec-audio'"),
+        ({"model_type": "wavlm"}, "max_bucket_distance, num_buckets is missing"),
         ({"model_type": "wav2vec2", "add_adapter": True}, "add_adapter is True"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 4]}, "conv_stride"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),

@@ -9,10 +9,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HubertModel, pipeline
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    HubertModel,
+    WavLMConfig,
+    WavLMModel,
+    pipeline,
+)
 from transformers.utils import logging as transformers_logging
 
 from gmp_atl import audio, classifier, cli, hub
+from gmp_atl import encoder as encoders
 from gmp_atl.audio import MIN_SAMPLES
 from gmp_atl.clips import Clips, local_features
 from gmp_atl.config import ComputeConfig
@@ -161,3 +169,29 @@ def test_onnx_gives_the_scores_of_evaluation_and_of_any_length(spoken, tmp_path)
         )
         found = session.run(["scores"], {"samples": noise[None]})[0]
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_on_wavlm_is_exported_too(spoken, tmp_path):
+    wavlm = WavLMConfig(
+        **json.loads((spoken.model / "config.json").read_text())
+        | {"model_type": "wavlm", "num_buckets": 32, "max_bucket_distance": 40}
+    )
+    torch.manual_seed(0)
+    WavLMModel(wavlm).save_pretrained(tmp_path / "wavlm")
+    encoder, _ = encoders.load(tmp_path / "wavlm")
+    network, described = classifier.load(spoken.model)
+    model = classifier.Classifier(encoder, described.head, {"emotion": 2}, cosine=described.loss == "ams")
+    model.head.load_state_dict(network.head.state_dict())
+    classifier.save(model, tmp_path / "model", **described.model_dump())
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "exported"), "--onnx"]) == 0
+
+    noise = 0.1 * np.random.default_rng(0).normal(size=9_000).astype(np.float32)
+    network, described = classifier.load(tmp_path / "model")
+    local = local_features(network.encoder, noise, Path("noise"), normalise=described.normalise_audio)
+    expected = classifier.scores(network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu"))
+    session = onnxruntime.InferenceSession(tmp_path / "exported" / "model.onnx")
+    np.testing.assert_allclose(session.run(["scores"], {"samples": noise[None]})[0], expected, atol=1e-5)
+    found = pipeline("audio-classification", model=str(tmp_path / "exported"), device="cpu")(noise)
+    assert {each["label"]: each["score"] for each in found} == pytest.approx(
+        dict(zip(described.classes, expected[0].tolist(), strict=True)), abs=1e-5
+    )

@@ -166,7 +166,9 @@ def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, pre
     assert int(total.split("|")[column]) == told.total()
 
 
-@pytest.mark.parametrize(("preset", "variants"), [("gender", 6), ("scales", 6), ("peers", 2), ("wav2vec2", 0)])
+@pytest.mark.parametrize(
+    ("preset", "variants"), [("gender", 6), ("scales", 6), ("peers", 2), ("wav2vec2", 0), ("wavlm", 0)]
+)
 def test_a_preset_adds_what_it_compares(corpora: Path, preset: str, variants: int) -> None:
     config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text())
     main = plan(corpora, config={"seeds": [1]})

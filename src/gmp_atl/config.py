@@ -95,7 +95,7 @@ class ScratchEncoderConfig(Section):
 
 
 class EncoderConfig(Section):
-    """The pre-trained HuBERT, or a wav2vec 2.0, whose network is the same."""
+    """The pre-trained HuBERT, or a wav2vec 2.0 or WavLM in its place."""
 
     source: Literal["hub", "directory", "scratch"]
     """Hugging Face hub, a folder, or random weights of the size that `scratch` gives."""

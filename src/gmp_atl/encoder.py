@@ -50,7 +50,10 @@ def n_frames(n_samples: int) -> int:
     return max(0, n_samples)
 
 
-_MODEL_TYPES = ("hubert", "wav2vec2")
+_MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "HubertModel", "wavlm": "WavLMModel"}
+"""Of `config.json`, and the class of transformers that has the same network."""
+_POSITIONS = {"num_buckets", "max_bucket_distance"}
+"""Keys that WavLM has and the others have not."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,22 @@ class Architecture:
     num_conv_pos_embeddings: Size = 128
     num_conv_pos_embedding_groups: Size = 16
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    num_buckets: Size | None = None
+    """Of relative positions, in WavLM's attention; None elsewhere."""
+    max_bucket_distance: Size | None = None
+    """In frames, beyond which positions fall into one bucket."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: Path) -> Architecture:
-        """Read `config.json` of a HuBERT, or of a wav2vec 2.0, whose network is the same.
+        """Read `config.json` of a HuBERT, of a wav2vec 2.0, whose network is the same, or of a WavLM.
 
         Raises:
             UserError: another model, other strides, or an option that this encoder does not have.
         """
-        if config.get("model_type", "hubert") not in _MODEL_TYPES:
-            supported = " and ".join(map(repr, _MODEL_TYPES))
-            raise UserError(f"{source}: model_type is {config['model_type']!r}, but only {supported} are supported.")
+        kind = config.get("model_type", "hubert")
+        if kind not in _MODEL_TYPES:
+            supported = ", ".join(map(repr, _MODEL_TYPES))
+            raise UserError(f"{source}: model_type is {kind!r}, but only {supported} are supported.")
         expected = {
             "conv_kernel": list(CONV_KERNELS),
             "conv_stride": list(CONV_STRIDES),
@@ -91,12 +99,14 @@ class Architecture:
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise UserError(f"{source}: {key} is {config[key]!r}, but only {value!r} is supported.")
-        absent = [field.name for field in fields(cls) if field.default is MISSING and field.name not in config]
+        of_kind = [field for field in fields(cls) if kind == "wavlm" or field.name not in _POSITIONS]
+        needed = {field.name for field in of_kind if field.default is MISSING or field.name in _POSITIONS}
+        absent = sorted(needed - config.keys())
         if absent:
             raise UserError(f"{source} is not the config.json of a HuBERT: {', '.join(absent)} is missing.")
         if not isinstance(config["conv_dim"], list) or len(config["conv_dim"]) != len(CONV_KERNELS):
             raise UserError(f"{source}: conv_dim is {config['conv_dim']!r}, not a list of {len(CONV_KERNELS)} sizes.")
-        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        known = {field.name: config[field.name] for field in of_kind if field.name in config}
         try:
             return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
         except ValidationError as error:
@@ -105,16 +115,17 @@ class Architecture:
             raise UserError(f"{source}: {where}: {problem['msg']}; expected the config.json of a HuBERT.") from None
 
     def to_config(self) -> dict[str, Any]:
-        """A `config.json` from which `HubertModel.from_pretrained` builds the same network."""
+        """A `config.json` from which `HubertModel.from_pretrained`, or WavLM's, builds the same network."""
+        kind = "hubert" if self.num_buckets is None else "wavlm"
         return {
-            "architectures": ["HubertModel"],
-            "model_type": "hubert",
+            "architectures": [_MODEL_TYPES[kind]],
+            "model_type": kind,
             "conv_kernel": list(CONV_KERNELS),
             "conv_stride": list(CONV_STRIDES),
             "num_feat_extract_layers": len(CONV_KERNELS),
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",
-            **asdict(self),
+            **{key: value for key, value in asdict(self).items() if value is not None},
             "conv_dim": list(self.conv_dim),
         }
 
@@ -300,7 +311,9 @@ class Transformer(nn.Module):
         self.pre_norm = architecture.do_stable_layer_norm
         self.pos_conv_embed = PositionEmbedding(architecture)
         self.layer_norm = nn.LayerNorm(architecture.hidden_size, eps=architecture.layer_norm_eps)
-        self.layers = nn.ModuleList(TransformerLayer(architecture) for _ in range(architecture.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(architecture, first=depth == 0) for depth in range(architecture.num_hidden_layers)
+        )
 
     def forward(
         self, hidden: Tensor, attend: Tensor | None, depths: dict[int, int], regularisation: Regularisation
@@ -309,10 +322,12 @@ class Transformer(nn.Module):
         if not self.pre_norm:
             hidden = self.layer_norm(hidden)
         hidden = F.dropout(hidden, regularisation.dropout, self.training)
+        first: TransformerLayer = self.layers[0]  # type: ignore[assignment]
+        positions = first.attention.positions(hidden.shape[1])
         states: dict[int, Tensor] = {}
         for depth, layer in enumerate(self.layers[: max(depths.values())], start=1):
             if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
-                hidden = layer(hidden, attend, regularisation)
+                hidden = layer(hidden, attend, positions, regularisation)
             states[depth] = hidden
         if self.pre_norm and len(self.layers) in states:
             states[len(self.layers)] = self.layer_norm(hidden)
@@ -346,21 +361,55 @@ class PositionEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the valid frames."""
+    """Multi-head self-attention over the valid frames.
 
-    def __init__(self, architecture: Architecture) -> None:
+    WavLM's adds a bias of the relative positions, which is learned per bucket and head in the first layer and gated in
+    each by the frame that attends (Chen et al. 2022, Eq. 3 to 6).
+    """
+
+    def __init__(self, architecture: Architecture, *, first: bool) -> None:
+        """Args: first: whether this is the first layer, which has the positions for all."""
         super().__init__()
+        self.buckets, self.farthest = architecture.num_buckets, architecture.max_bucket_distance
         width = architecture.hidden_size
         self.heads = architecture.num_attention_heads
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        if self.buckets is not None:
+            self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.heads, 1, 1))
+            self.gru_rel_pos_linear = nn.Linear(width // self.heads, 8)
+            if first:
+                self.rel_attn_embed = nn.Embedding(self.buckets, self.heads)
 
-    def forward(self, hidden: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+    def positions(self, frames: int) -> Tensor | None:
+        """Bias of each relative position before the gate, (heads, frames, frames); None where there is none."""
+        if self.buckets is None or self.farthest is None:
+            return None
+        order = torch.arange(frames, device=self.rel_attn_embed.weight.device)
+        distance = order[None, :] - order[:, None]
+        half = self.buckets // 2  # for frames before, and as many for those behind
+        exact = half // 2  # one bucket per distance, wider ones beyond
+        scale = (half - exact) / math.log(self.farthest / exact)
+        wider = exact + (scale * torch.log(distance.abs().clamp(min=1) / exact)).long()
+        bucket = torch.where(distance.abs() < exact, distance.abs(), wider.clamp(max=half - 1))
+        embedded: Tensor = self.rel_attn_embed(bucket + half * (distance > 0))
+        return embedded.permute(2, 0, 1)
+
+    def _bias(self, hidden: Tensor, attend: Tensor | None, positions: Tensor) -> Tensor:
+        """Gated positions, (batch, heads, frames, frames), with minus infinity where nothing is attended to."""
+        of_heads = hidden.reshape(*hidden.shape[:2], self.heads, -1).transpose(1, 2)
+        gates: Tensor = self.gru_rel_pos_linear(of_heads)
+        update, reset = gates.unflatten(-1, (2, 4)).sum(-1).sigmoid().split(1, dim=-1)  # type: ignore[no-untyped-call]
+        gated = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * positions
+        return gated if attend is None else gated.masked_fill(~attend, -math.inf)
+
+    def forward(self, hidden: Tensor, attend: Tensor | None, positions: Tensor | None, dropout: float) -> Tensor:
         query, key, value = (
             projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=dropout)
+        mask = attend if positions is None else self._bias(hidden, attend, positions).to(query.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -381,22 +430,24 @@ class FeedForward(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention and feed-forward network, each with a residual connection and layer normalisation."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, first: bool) -> None:
         super().__init__()
         width, eps = architecture.hidden_size, architecture.layer_norm_eps
         self.pre_norm = architecture.do_stable_layer_norm
-        self.attention = Attention(architecture)
+        self.attention = Attention(architecture, first=first)
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = FeedForward(architecture)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, hidden: Tensor, attend: Tensor | None, regularisation: Regularisation) -> Tensor:
+    def forward(
+        self, hidden: Tensor, attend: Tensor | None, positions: Tensor | None, regularisation: Regularisation
+    ) -> Tensor:
         dropout, attention_dropout = regularisation.dropout, regularisation.attention_dropout
         if self.pre_norm:
-            mixed = self.attention(self.layer_norm(hidden), attend, attention_dropout)
+            mixed = self.attention(self.layer_norm(hidden), attend, positions, attention_dropout)
             hidden = hidden + F.dropout(mixed, dropout, self.training)
             return hidden + self.feed_forward(self.final_layer_norm(hidden), dropout)
-        mixed = self.attention(hidden, attend, attention_dropout)
+        mixed = self.attention(hidden, attend, positions, attention_dropout)
         hidden = self.layer_norm(hidden + F.dropout(mixed, dropout, self.training))
         out: Tensor = self.final_layer_norm(hidden + self.feed_forward(hidden, dropout))
         return out
@@ -547,6 +598,7 @@ def origin(metadata: dict[str, Any], source: Path) -> dict[str, Any]:
 
 def _canonical(name: str) -> str:
     """Parameter name as in a bare HubertModel of today's torch."""
-    name = name.removeprefix("hubert.").removeprefix("wav2vec2.")
+    for prefix in _MODEL_TYPES:
+        name = name.removeprefix(f"{prefix}.")
     name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
     return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")

@@ -45,6 +45,8 @@ class GmpAtlConfig(HubertConfig):
 
     model_type = "gmp-atl"
 
+    encoder_type: str = "hubert"
+    """Or wavlm, whose attention has relative positions."""
     head: dict[str, int] = field(default_factory=lambda: HeadConfig().model_dump())
     """As `config.HeadConfig`."""
     loss: str = "ams"
@@ -63,7 +65,7 @@ class GmpAtlForAudioClassification(PreTrainedModel):
     def __init__(self, config: GmpAtlConfig) -> None:
         super().__init__(config)
         settings = json.loads(config.to_json_string(use_diff=False))
-        architecture = Architecture.from_config({**settings, "model_type": "hubert"}, Path("config.json"))
+        architecture = Architecture.from_config({**settings, "model_type": config.encoder_type}, Path("config.json"))
         head = HeadConfig.model_validate(config.head)
         self.hubert = Encoder(architecture)
         self.layer = head.layer
@@ -140,8 +142,9 @@ def export(model: Path, output: Path, evaluations: Path | None = None, *, onnx: 
 def of(network: Classifier, description: Description) -> GmpAtlForAudioClassification:
     """The same network, with copied weights, as a model of transformers."""
     architecture = network.encoder.architecture.to_config()
-    del architecture["architectures"], architecture["model_type"]
+    del architecture["architectures"]
     config = GmpAtlConfig(
+        encoder_type=architecture.pop("model_type"),
         **architecture,
         head=description.head.model_dump(),
         loss=description.loss,
