@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import faiss
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -453,3 +454,39 @@ def test_encoders_of_every_stage_are_read_by_transformers(stages, upstream):
             found = encoder(local[None], torch.tensor([len(local)]))
             torch.testing.assert_close(found, reference(audio)[0], atol=1e-4, rtol=0)
     assert isinstance(encoder, Encoder)
+
+
+THREADS_TOLERANCE = 1e-4
+"""Of scores, between one thread and several, after all stages of the tiny network (docs/reliability.md)."""
+
+
+def test_threads_move_scores_only_within_the_stated_tolerance(stages):
+    def scores(threads: int) -> np.ndarray:
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
+        first = stages.multitask()
+        features = stages.layer_features(first.folder, -3)
+        books = [stages.clustering(features, size) for size in (4, 8)]
+        tuned = stages.finetuning(encoder=stages.retraining(books).folder)
+        return np.array(PREDICTIONS.read(stages.evaluation(tuned))[0]["scores"].to_pylist())
+
+    before = faiss.omp_get_max_threads()
+    try:
+        alone, other = (scores(threads) for threads in (1, 2))
+    finally:
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(before)
+    np.testing.assert_allclose(other, alone, atol=THREADS_TOLERANCE)
+
+
+def test_a_held_out_session_of_one_class_is_measured_by_that_class(stages, inputs, write_utterances):
+    rows = UTTERANCES.read(inputs.utterances)[0].to_pylist()
+    rows = [{**row, "emotion": "sad"} if row["session"] == "S1" else row for row in rows]
+    utterances = write_utterances(stages.folder / "utterances.parquet", rows)
+    model = stages.finetuning(utterances=utterances)
+    predictions = stages.evaluation(model, utterances=utterances)
+    found = PREDICTIONS.read(predictions)[0]
+    assert set(found["label"].to_pylist()) == {"sad"}
+    figures = json.loads((predictions.parent / "metrics.json").read_text())
+    share = 100 * np.mean([name == "sad" for name in found["prediction"].to_pylist()])
+    assert figures["uar"] == figures["war"] == pytest.approx(share)
