@@ -20,6 +20,8 @@ from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
+_ENOUGH = 8.0
+"""Seconds of audio in a group, with which matrix products run at their full speed."""
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
 
@@ -161,11 +163,15 @@ def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) ->
 
 
 def within_budget(crops: Sequence[Crop], seconds: float) -> Iterator[list[Crop]]:
-    """Split crops into groups that, padded, hold at most `seconds` of audio; longer ones stand alone."""
+    """Split crops into groups that, padded, hold at most `seconds` of audio; longer ones stand alone.
+
+    A group that is large enough takes no crop that would be padded by more than a seventh.
+    """
     group: list[Crop] = []
     for crop in sorted(crops, key=lambda crop: (crop.length, crop.index), reverse=True):
         longest = group[0].length if group else crop.length
-        if group and longest * (len(group) + 1) * FRAME_SECONDS > seconds:
+        held = longest * len(group) * FRAME_SECONDS
+        if group and (held + longest * FRAME_SECONDS > seconds or (held >= _ENOUGH and 8 * crop.length < 7 * longest)):
             yield group
             group = []
         group.append(crop)
