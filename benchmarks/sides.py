@@ -89,12 +89,15 @@ def main(
     """
     if sys.argv[1:2] == ["side"]:
         folder = Path(sys.argv[3])
-        if sys.argv[2] == "prepare":
+        if sys.argv[2] == "peak":
+            _peak()
+        elif sys.argv[2] == "prepare":
             prepare(folder)
         else:
             _measure(sides[sys.argv[2]](folder))
         return
     print(machine())
+    print(run(script, "peak", "."), end="")
     with tempfile.TemporaryDirectory() as name:
         run(script, "prepare", name)
         print(f"\n| Side | {unit} per second | slowest / fastest turn | Peak memory, MiB |\n|---|---:|---:|---:|")
@@ -140,6 +143,25 @@ def _answer(process: subprocess.Popen[str], request: str = "") -> dict[str, floa
     if not line:
         raise SystemExit(process.wait() or 1)
     return json.loads(line)
+
+
+def _peak() -> None:
+    """Print what the machine reaches in matrix products alone, the limit of what follows."""
+    import torch
+
+    size = 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype is torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+            continue
+        left, right = torch.randn(2, size, size).to(dtype)
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(left, right)
+            seconds.append(time.perf_counter() - start)
+        name = str(dtype).removeprefix("torch.")
+        rate = 2 * size**3 / statistics.median(seconds[2:]) / 1e9
+        print(f"Matrix products of {size} x {size} in {name}: {rate:,.0f} GFLOP/s")
 
 
 def _measure(work: Work) -> None:

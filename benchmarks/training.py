@@ -303,7 +303,7 @@ SIDES = {
 COMPARISONS = [
     sides.Comparison(f"{work}, {precision}", f"{work}, {precision}", f"{work}, peer", goal)
     for work, goal in (("retraining", 3), ("fine-tuning", 2.5), ("evaluation", 2))
-    for precision in ("bfloat16", "float32")
+    for precision in workload.precisions()
 ]
 
 if __name__ == "__main__":

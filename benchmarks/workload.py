@@ -17,6 +17,12 @@ DIMENSIONS = 768
 """Of HuBERT base's hidden states."""
 
 
+def precisions() -> list[str]:
+    """float32, and bfloat16 where the CPU multiplies it natively: elsewhere nobody would compute in it."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ["bfloat16", "float32"] if "amx_bf16" in flags else ["float32"]
+
+
 def clip_seconds(total: float, seed: int = 0) -> np.ndarray:
     """Lengths of clips, log-normal with IEMOCAP's median and mean, that last `total` seconds or little more."""
     sigma = np.sqrt(2 * np.log(MEAN_SECONDS / MEDIAN_SECONDS))
