@@ -86,6 +86,18 @@ SIZES = CONFIG.clustering.sizes
 # The first job of the main system, whose utterances the report shows.
 FIRST = {"variant": "main", "layer": CONFIG.tables.layer, "gmps": CONFIG.tables.layer, "loss": "ams"}
 FIRST |= {"fold": 1, "seed": SEEDS[0]}
+# Pages of the report.
+CATEGORIES = {
+    "Tables of the paper": ["table1", "table2", "table3", "table4"],
+    "Claims of the paper": ["claims", "effects"],
+    "Ablations": ["ablations"],
+    "Folds and sessions": ["scores", "folds", "per_fold", "per_session"],
+    "Confusions": ["confusion", "confusions"],
+    "Training": ["training"],
+    "Codebooks": ["clusters"],
+    "Utterances": ["embeddings", "utterances"],
+    "Provenance": ["jobs", "provenance"],
+}
 # Layers whose GMPs the tables ask for.
 GMPS = sorted(
     ({CONFIG.tables.layer} if {2, 3} & {*CONFIG.tables.numbers} or CONFIG.ablations else set())
@@ -191,3 +203,14 @@ def illustrated():
     """What only figures show: utterances of the main system, where it is evaluated."""
     asked = ("main", CONFIG.tables.layer, "ams") in evaluated_systems()
     return [rules.examples.output.embeddings, rules.examples.output.examples] if asked else []
+
+
+def page(folder, name, suffix):
+    """A file of the results as a page of the report, in its category."""
+    kind = {"html": "table", "svg": "figure"}[suffix]
+    caption = f"../report/{'tables' if kind == 'table' else name}.rst"
+    [category] = [category for category, names in CATEGORIES.items() if name in names]
+    # One label alone: a page whose labels do not combine in every way breaks Snakemake's report.
+    labels = {"shows": f"{name.replace('_', ' ')} ({kind})"}
+    path = f"<results>/{folder}/{name}.{suffix}"
+    return report(path, caption=caption, category=category, labels=labels)

@@ -5,30 +5,6 @@ RUN_TABLES += ["clusters"] * bool(GMPS) + ["ablations"] * bool(CONFIG.ablations)
 FIGURES = ["table4", "scores", "folds", "confusions", "training", "clusters", "jobs", "embeddings", "utterances"]
 
 
-CATEGORIES = {
-    "Tables of the paper": ["table1", "table2", "table3", "table4"],
-    "Claims of the paper": ["claims", "effects"],
-    "Ablations": ["ablations"],
-    "Folds and sessions": ["scores", "folds", "per_fold", "per_session"],
-    "Confusions": ["confusion", "confusions"],
-    "Training": ["training"],
-    "Codebooks": ["clusters"],
-    "Utterances": ["embeddings", "utterances"],
-    "Provenance": ["jobs", "provenance"],
-}
-
-
-def page(folder, name, suffix):
-    """A file of the results as a page of the report, in its category."""
-    kind = {"html": "table", "svg": "figure"}[suffix]
-    caption = f"../report/{'tables' if kind == 'table' else name}.rst"
-    [category] = [category for category, names in CATEGORIES.items() if name in names]
-    # One label alone: a page whose labels do not combine in every way breaks Snakemake's report.
-    labels = {"shows": f"{name.replace('_', ' ')} ({kind})"}
-    path = f"<results>/{folder}/{name}.{suffix}"
-    return report(path, caption=caption, category=category, labels=labels)
-
-
 rule tables:
     input:
         corpus=rules.corpus.output.summary,
