@@ -241,3 +241,22 @@ def test_many_systems_each_have_a_row(tmp_path: Path) -> None:
     assert len(labels) == 13
     assert len(set(labels)) == 13
     assert all(label.endswith("n=4") for label in labels)
+
+
+def test_more_classes_than_styles_are_all_drawn(tmp_path: Path) -> None:
+    names = [f"class{n}" for n in range(8)]
+    made = Run(tmp_path, config(classes=names))
+    columns = {
+        "id": names,
+        "emotion": names,
+        "gender": ["female"] * 8,
+        "encoder": ["fine-tuned"] * 8,
+        "x": [1.0] * 8,
+        "y": [2.0] * 8,
+    }
+    table = pa.table(columns, schema=EMBEDDINGS.schema)
+    EMBEDDINGS.write(
+        made.evaluations / "embeddings.parquet", table, fold=1, seed=0, explained={"fine-tuned": [0.5, 0.2]}
+    )
+    [axes] = plots.embeddings(loaded(made)).axes
+    assert sum(len(xs) for xs, _ in lines(axes)) == 8

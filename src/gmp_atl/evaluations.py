@@ -189,7 +189,7 @@ def table_3_systems(config: Config) -> dict[tuple[bool, str], System]:
 
 
 def ablation_system(config: Config, name: str, loss: str) -> System:
-    """The row with GMPs under an ablation, which may share its evaluation with an equal variant; `main` is none."""
+    """The row with GMPs under an ablation, which may share its evaluation with an equal variant; `main` is that row."""
     return System(variant=shared_variant(config, "evaluation", name), layer=config.tables.layer, loss=loss)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,8 @@ _STAGES = {
     "retraining": "stage 3: masked prediction of the GMPs",
     "finetuning": "stage 4: fine-tuning",
 }
-FRAME_SECONDS = 0.02
+_FRAME_SECONDS = 0.02
+"""As `clips.FRAME_SECONDS`, which comes with torch."""
 _POINTS = 200
 """Of a training curve; more updates are averaged."""
 
@@ -155,7 +157,7 @@ def training(run: Evaluations) -> Figure:
         for axes, kind in zip(row, ("loss", "accuracy"), strict=True):
             percent = kind == "accuracy"
             drawn = [name for name in names if ("loss" in name) != percent]
-            for style, name in zip(_STYLES, drawn, strict=False):
+            for style, name in zip(cycle(_STYLES), drawn, strict=False):
                 _curve(axes, history[history["quantity"] == name], _words(name), style, 100 if percent else 1)
             axes.set(xlabel="update", ylabel="training accuracy (%)" if percent else "loss (nats)")
             axes.grid(alpha=0.3)
@@ -181,7 +183,7 @@ def clusters(run: Evaluations) -> Figure:
     }
     sizes = sorted(main["size"].unique())
     for axes, (statistic, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for style, size in zip(_STYLES, sizes, strict=False):
+        for style, size in zip(cycle(_STYLES), sizes, strict=False):
             values = means[statistic, size].sort_index()
             shares = 100 * values / size if statistic == "perplexity" else values
             look = {"color": style.color, "marker": style.marker, "linestyle": style.line, "markersize": 4}
@@ -246,7 +248,7 @@ def embeddings(run: Evaluations) -> Figure:
     panels = figure.subplots(1, len(header["explained"]), squeeze=False)[0]
     for axes, (encoder, shares) in zip(panels, sorted(header["explained"].items(), reverse=True), strict=True):
         own = points[points["encoder"] == encoder]
-        for style, emotion in zip(_STYLES, run.config.classes, strict=False):
+        for style, emotion in zip(cycle(_STYLES), run.config.classes, strict=False):
             of_class = own[own["emotion"] == emotion]
             for gender, fill in (("female", "none"), ("male", style.color)):
                 members = of_class[of_class["gender"] == gender]
@@ -293,7 +295,7 @@ def _example(part: SubFigure, example: Any, sizes: list[int], classes: list[str]
         left=0.05, right=0.98, top=0.87, bottom=0.18,
     )  # fmt: skip
     frames = len(example.labels[0])
-    seconds = (0.0, FRAME_SECONDS * frames)
+    seconds = (0.0, _FRAME_SECONDS * frames)
     look: dict[str, Any] = {"aspect": "auto", "interpolation": "none"}
     axes = part.add_subplot(grid[0, 0])
     image = np.reshape(example.spectrogram, (frames, -1)).T
