@@ -177,6 +177,16 @@ def test_predictions_of_other_utterances_are_refused(made: Made) -> None:
         made.run(predictions=other)
 
 
+def test_codebooks_of_several_layers_and_another_encoder_are_refused(made: Made, tmp_path: Path) -> None:
+    other = made.stages.clustering(made.stages.layer_features(made.upstream.multitask.folder, -1), 4)
+    with pytest.raises(UserError, match="several layers"):
+        made.run(centroids=[made.upstream.codebooks[0].centroids, other.centroids])
+    encoder, metadata = encoders.load(made.stages.inputs.encoder)
+    encoders.save(encoder, tmp_path / "foreign", **{**metadata, "encoder": "another HuBERT"})
+    with pytest.raises(UserError, match="is built on another HuBERT, but the model on tiny"):
+        made.run(pretrained=tmp_path / "foreign")
+
+
 def test_something_else_than_a_codebook_is_refused(made: Made) -> None:
     with pytest.raises(UserError, match="not a codebook"):
         made.run(centroids=[made.model.folder / "head.safetensors"])

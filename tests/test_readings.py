@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gmp_atl import classifier, training
+from gmp_atl import classifier, clips, training
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import HeadConfig, RetrainingConfig
@@ -344,7 +344,7 @@ def test_14_training_crops_to_the_longest_allowed(stages, upstream, monkeypatch,
 def test_14_testing_sees_whole_clips(stages, monkeypatch):
     changes = {"finetuning.optimisation.max_clip_seconds": 0.4, "finetuning.epochs": 1}
     model = stages.finetuning(changes)
-    calls = spied(monkeypatch, classifier, "collate")
+    calls = spied(monkeypatch, clips, "collate")
     stages.evaluation(model, changes)
     lengths = [length for _, batch in calls for length in batch.lengths.tolist()]
     assert sorted(lengths) == sorted(len(stages.inputs.frames[each]) for each in stages.inputs.ids("S1"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gmp_atl import devices
 from gmp_atl import encoder as encoders
-from gmp_atl.clips import Batch, Clips, collate, whole, within_budget
+from gmp_atl.clips import Batch, Clips, passes
 from gmp_atl.config import ComputeConfig, HeadConfig, Positive, Precision, Section, SpecAugmentConfig
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
@@ -126,8 +126,7 @@ def apply(model: Classifier, clips: Clips, task: str, compute: ComputeConfig, de
     """Logits, or cosines, of whole clips: (clips, classes) in float32, in the order of `clips`."""
     outputs: dict[int, Tensor] = {}
     with devices.autocast(device, devices.dtype(compute.precision, device)):  # around all: weights are cast once
-        for crops in within_budget(whole(clips), compute.batch_seconds):
-            batch = collate(clips, crops, device)
+        for batch in passes(clips, compute.batch_seconds, device):
             outputs.update(zip(batch.indices, model(batch)[task].cpu(), strict=True))
     return torch.stack([outputs[index] for index in range(len(clips.ids))])
 

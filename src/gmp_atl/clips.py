@@ -184,6 +184,12 @@ def whole(clips: Clips) -> list[Crop]:
     return [Crop(index, 0, len(frames)) for index, frames in enumerate(clips.local)]
 
 
+def passes(clips: Clips, seconds: float, device: torch.device) -> Iterator[Batch]:
+    """All clips, whole, in batches that `within_budget` allows; in any order."""
+    for crops in within_budget(whole(clips), seconds):
+        yield collate(clips, crops, device)
+
+
 def random_crops(clips: Clips, indices: Sequence[int], seconds: float, generator: torch.Generator) -> list[Crop]:
     """One crop per clip: at random where the clip is longer than `seconds`, the whole clip otherwise."""
     longest = max(1, round(seconds * SAMPLE_RATE) // HOP)

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from gmp_atl import classifier, devices
 from gmp_atl import encoder as encoders
-from gmp_atl.clips import Clips, collate, recording, whole, within_budget
+from gmp_atl.clips import Clips, passes, recording
 from gmp_atl.config import ComputeConfig, FinetuningSlice
 from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder
 from gmp_atl.errors import UserError
@@ -66,8 +66,7 @@ def examples(
     clips = Clips.read(local_features, split, encoder=described.encoder)
     training = training_split(utterances, config.folds, fold)
     training.refuse_leaks(described.fitted_on, model)
-    before, origin = encoders.load_fitted(pretrained)
-    training.refuse_leaks(origin["fitted_on"], pretrained)
+    before, after_stage_1 = (_encoder(path, training, described.encoder) for path in (pretrained, multitask))
     rows: dict[str, list[Any]] = {name: [] for name in EMBEDDINGS.schema.names}
     explained = {}
     for kind, encoder in (("pre-trained", before), ("fine-tuned", network.encoder)):
@@ -80,11 +79,9 @@ def examples(
     EMBEDDINGS.write(embeddings, pa.table(rows, schema=EMBEDDINGS.schema), fold=fold, seed=seed, explained=explained)
 
     chosen = _median_lengths(split, config.classes)
-    encoder, origin = encoders.load_fitted(multitask)
-    training.refuse_leaks(origin["fitted_on"], multitask)
-    codebooks = [_codebook(path, training) for path in centroids]
-    [layer] = {layer for layer, _ in codebooks}
-    labels = _pseudo_labels(encoder, clips, chosen, layer, [each for _, each in codebooks], config.compute, device)
+    layer, codebooks = _codebooks(centroids, training, described.encoder)
+    shown = Clips([clips.ids[index] for index in chosen], [clips.local[index] for index in chosen])
+    labels = _pseudo_labels(after_stage_1, shown, layer, codebooks, config.compute, device)
     found = {
         "id": [split.ids[index] for index in chosen],
         "emotion": [split.column("emotion")[index] for index in chosen],
@@ -98,7 +95,7 @@ def examples(
         fold=fold,
         seed=seed,
         layer=layer,
-        sizes=[len(each) for _, each in codebooks],
+        sizes=[len(each) for each in codebooks],
         classes=config.classes,
     )
 
@@ -135,8 +132,7 @@ def _embeddings(encoder: Encoder, clips: Clips, layer: int, compute: ComputeConf
     """(clips, hidden size) in float32."""
     encoder.to(device).eval().cast(devices.dtype(compute.precision, device))
     found: list[np.ndarray] = [np.empty(0)] * len(clips.ids)
-    for crops in within_budget(whole(clips), compute.batch_seconds):
-        batch = collate(clips, crops, device)
+    for batch in passes(clips, compute.batch_seconds, device):
         hidden = encoder(batch.local, batch.lengths, layer).float()
         for states, index, length in zip(hidden, batch.indices, batch.lengths.tolist(), strict=True):
             found[index] = states[:length].mean(dim=0).cpu().numpy()
@@ -155,37 +151,54 @@ def _median_lengths(split: Split, classes: Sequence[str]) -> list[int]:
     return found
 
 
-def _codebook(path: Path, training: Split) -> tuple[int, np.ndarray]:
-    """Layer and centroids, (size, hidden size)."""
-    tensors, metadata = encoders.load_tensors(path)
-    if tensors.keys() != {"centroids"} or not {"layer", "fitted_on"} <= metadata.keys():
-        raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
-    training.refuse_leaks(metadata["fitted_on"], path)
-    return metadata["layer"], tensors["centroids"].numpy()
+def _encoder(folder: Path, training: Split, expected: str) -> Encoder:
+    """One that is built on the pre-trained encoder `expected`, and fitted on training utterances alone."""
+    encoder, origin = encoders.load_fitted(folder)
+    training.refuse_leaks(origin["fitted_on"], folder)
+    _check(folder, origin["encoder"], expected)
+    return encoder
+
+
+def _codebooks(paths: Sequence[Path], training: Split, encoder: str) -> tuple[int, list[np.ndarray]]:
+    """Their layer, which is one, and the centroids of each, (size, hidden size)."""
+    layers, found = set(), []
+    for path in paths:
+        tensors, metadata = encoders.load_tensors(path)
+        if tensors.keys() != {"centroids"} or not {"layer", "fitted_on", "encoder"} <= metadata.keys():
+            raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
+        training.refuse_leaks(metadata["fitted_on"], path)
+        _check(path, metadata["encoder"], encoder)
+        layers.add(metadata["layer"])
+        found.append(tensors["centroids"].numpy())
+    if len(layers) != 1:
+        raise UserError(f"{paths[0].parent} has codebooks of several layers; delete them and run snakemake again.")
+    return layers.pop(), found
+
+
+def _check(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(f"{path} is built on {found}, but the model on {expected}; delete it and run snakemake again.")
 
 
 @torch.inference_mode()
 def _pseudo_labels(
     encoder: Encoder,
     clips: Clips,
-    chosen: Sequence[int],
     layer: int,
     codebooks: Sequence[np.ndarray],
     compute: ComputeConfig,
     device: torch.device,
 ) -> list[list[np.ndarray]]:
-    """Of each chosen clip, the nearest centroid of every frame, per codebook."""
+    """Of each clip, the nearest centroid of every frame, (frames,) of uint16, per codebook."""
     encoder.to(device).eval().cast(devices.dtype(compute.precision, device))
-    found = []
-    for index in chosen:
-        batch = collate(clips, [whole(clips)[index]], device)
-        frames = encoder.hidden_states(batch.local, batch.lengths, [layer])[layer][0].half().float().cpu().numpy()
-        found.append(
-            [
-                ((centroids**2).sum(axis=1) - 2 * frames @ centroids.T).argmin(axis=1).astype(np.uint16)
+    found: list[list[np.ndarray]] = [[]] * len(clips.ids)
+    for batch in passes(clips, compute.batch_seconds, device):
+        hidden = encoder(batch.local, batch.lengths, layer).half().float().cpu().numpy()  # as clustered
+        for states, index, length in zip(hidden, batch.indices, batch.lengths.tolist(), strict=True):
+            found[index] = [
+                ((centroids**2).sum(axis=1) - 2 * states[:length] @ centroids.T).argmin(axis=1).astype(np.uint16)
                 for centroids in codebooks
             ]
-        )
     return found
 
 

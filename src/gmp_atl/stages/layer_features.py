@@ -12,7 +12,7 @@ import torch
 
 from gmp_atl import devices
 from gmp_atl import encoder as encoders
-from gmp_atl.clips import FRAME_SECONDS, Clips, collate, whole, within_budget
+from gmp_atl.clips import FRAME_SECONDS, Clips, passes
 from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
@@ -64,8 +64,7 @@ def _hidden_states(
 ) -> dict[int, list[np.ndarray]]:
     """Per layer and clip: (frames, hidden size) in float16."""
     found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(clips.ids) for layer in layers}
-    for crops in within_budget(whole(clips), config.compute.batch_seconds):
-        batch = collate(clips, crops, device)
+    for batch in passes(clips, config.compute.batch_seconds, device):
         for layer, hidden in model.hidden_states(batch.local, batch.lengths, layers).items():
             stored = hidden.half().cpu().numpy()
             if not np.isfinite(stored).all():
