@@ -284,6 +284,10 @@ def test_half_precision_weights_are_computed_with_in_single(reference, tmp_path)
     ("change", "complaint"),
     [
         ({"model_type": "data2vec-audio"}, "model_type is 'data2vec-audio'"),
+        (
+            {"model_type": "wavlm", "num_buckets": 2, "max_bucket_distance": 40},
+            "2 buckets of positions do not reach 40 frames",
+        ),
         ({"model_type": "wavlm"}, "max_bucket_distance, num_buckets is missing"),
         ({"model_type": "wav2vec2", "add_adapter": True}, "add_adapter is True"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 4]}, "conv_stride"),
