@@ -97,6 +97,14 @@ def test_a_folder_without_an_encoder(tmp_path):
     assert finding.state is State.OK
 
 
+def test_a_folder_with_an_archive_of_pytorch_is_an_encoder_where_it_is_pinned(tmp_path):
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    folder = {"source": "directory", "path": str(tmp_path)}
+    assert found("encoder", tmp_path, encoder=folder).state is State.MISSING
+    assert found("encoder", tmp_path, encoder={**folder, "sha256": "0" * 64}).state is State.OK
+
+
 @pytest.mark.parametrize(
     ("cached", "answers", "state"),
     [(True, False, State.OK), (False, True, State.OK), (False, False, State.MISSING)],

@@ -24,6 +24,8 @@ from gmp_atl.errors import UserError
 _PYTHON = (3, 11)
 _MODEL_GB, _OTHER_GB = 0.4, 16.0
 """HuBERT base and its head; features while clustering lasts, and the rest (docs/scaling.md)."""
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Either; the stage `pretrained` opens the second only where the config pins it."""
 _RESOLVE_SECONDS = 10.0
 
 
@@ -175,8 +177,12 @@ def _encoder(config: EncoderConfig) -> Finding:
     if config.source == "hub":
         return _hub_encoder(str(config.name), str(config.revision))
     assert config.path is not None  # the config has checked
-    names = ("config.json", "model.safetensors")
-    absent = [name for name in names if not (config.path / name).is_file()]
+    weights = _WEIGHTS if config.sha256 else _WEIGHTS[:1]
+    absent = [
+        " or ".join(names)
+        for names in (("config.json",), weights)
+        if not any((config.path / name).is_file() for name in names)
+    ]
     if absent:
         text = f"{config.path} lacks {' and '.join(absent)}"
         return Finding("encoder", State.MISSING, text, "encoder.path is a folder of a HuBERT as transformers saves it")
@@ -187,8 +193,7 @@ def _hub_encoder(name: str, revision: str) -> Finding:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     cached = [
-        isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-        for file in ("config.json", "model.safetensors", "pytorch_model.bin")
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in ("config.json", *_WEIGHTS)
     ]
     if cached[0] and any(cached[1:]):
         return Finding("encoder", State.OK, f"{name}, in the hub's cache")
