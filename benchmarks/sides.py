@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import workload
 
 Work = Callable[[], float]
 Side = Callable[[Path], Work]
@@ -70,7 +71,7 @@ def machine() -> str:
     """Processor, cores, threads of a side, and how busy the machine is."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    amx = "with" if any("amx_bf16" in line for line in lines) else "without"
+    amx = "with" if "bfloat16" in workload.precisions() else "without"
     load = os.getloadavg()[0]
     return f"{model}, {amx} AMX, {os.cpu_count()} cores, {threads()} threads per side; load before the run {load:.1f}"
 
@@ -150,18 +151,15 @@ def _peak() -> None:
     import torch
 
     size = 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype is torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-            continue
-        left, right = torch.randn(2, size, size).to(dtype)
+    for precision in workload.precisions():
+        left, right = torch.randn(2, size, size).to(getattr(torch, precision))
         seconds = []
         for _ in range(10):
             start = time.perf_counter()
             torch.mm(left, right)
             seconds.append(time.perf_counter() - start)
-        name = str(dtype).removeprefix("torch.")
         rate = 2 * size**3 / statistics.median(seconds[2:]) / 1e9
-        print(f"Matrix products of {size} x {size} in {name}: {rate:,.0f} GFLOP/s")
+        print(f"Matrix products of {size} x {size} in {precision}: {rate:,.0f} GFLOP/s")
 
 
 def _measure(work: Work) -> None:
