@@ -185,6 +185,7 @@ def test_a_model_on_wavlm_is_exported_too(spoken, tmp_path):
     classifier.save(model, tmp_path / "model", **described.model_dump())
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "exported"), "--onnx"]) == 0
 
+    assert "The encoder is a WavLM" in (tmp_path / "exported/README.md").read_text()
     noise = 0.1 * np.random.default_rng(0).normal(size=9_000).astype(np.float32)
     network, described = classifier.load(tmp_path / "model")
     local = local_features(network.encoder, noise, Path("noise"), normalise=described.normalise_audio)

@@ -122,7 +122,8 @@ def export(model: Path, output: Path, evaluations: Path | None = None, *, onnx: 
     if output.exists():
         raise UserError(f"{output} exists already; name a folder that does not.")
     network, description = classifier.load(model)
-    card = model_card(model, description, evaluations)
+    [encoder_alone] = network.encoder.architecture.to_config()["architectures"]
+    card = model_card(model, description, evaluations, network=encoder_alone)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         folder = Path(temporary) / "model"

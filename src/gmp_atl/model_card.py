@@ -26,6 +26,11 @@ _LICENCES = {
     SYNTHETIC_NAME: "The corpus was made by a program, eSpeak NG: no licence of a corpus applies.",
 }
 
+_ENCODER_ALONE = {
+    "HubertModel": 'The encoder alone is a HuBERT of transformers: `HubertModel.from_pretrained("FOLDER")`.',
+    "WavLMModel": "The encoder is a WavLM, which `WavLMModel.from_pretrained` loads from the folder of the run.",
+}
+
 _CARD = """\
 ---
 library_name: transformers
@@ -33,14 +38,13 @@ pipeline_tag: audio-classification
 license: other
 tags:
 - speech-emotion-recognition
-- hubert
 - gmp-atl
 ---
 
 # Emotion of an utterance: {title}
 
-A HuBERT that was fine-tuned by GMP-ATL (Pan et al. 2024, arXiv 2405.02151), as gmp-atl {version} reproduces it. Its
-classes: {classes}.
+A speech encoder that was fine-tuned by GMP-ATL (Pan et al. 2024, arXiv 2405.02151), as gmp-atl {version} reproduces
+it. Its classes: {classes}.
 
 ## Use
 
@@ -54,7 +58,7 @@ classify = pipeline("audio-classification", model="FOLDER")
 classify({{"array": samples, "sampling_rate": 16_000}})  # mono, float32
 ```
 
-The encoder alone is a HuBERT of transformers: `HubertModel.from_pretrained("FOLDER")`.
+{encoder_alone}
 
 ## How it was made
 
@@ -68,7 +72,7 @@ The encoder alone is a HuBERT of transformers: `HubertModel.from_pretrained("FOL
 
 {licence}
 
-The pre-trained HuBERT comes under its own licence. gmp-atl is under the MIT licence, which does not extend to the
+The pre-trained encoder comes under its own licence. gmp-atl is under the MIT licence, which does not extend to the
 weights.
 
 ## Intended use
@@ -97,10 +101,11 @@ class _Tested:
     """Code, packages and devices of all jobs behind it."""
 
 
-def model_card(model: Path, description: Description, evaluations: Path | None) -> str:
+def model_card(model: Path, description: Description, evaluations: Path | None, *, network: str) -> str:
     """The text of README.md for the fine-tuned model in the folder `model`.
 
     Args:
+        network: Class of transformers that loads the encoder alone.
         evaluations: Of the run that made the model; None looks for them where the workflow puts them. A model without
             is said to be not recorded.
 
@@ -117,6 +122,7 @@ def model_card(model: Path, description: Description, evaluations: Path | None) 
         title=f"{corpus}, fold {tested.header['fold']}, seed {tested.header['seed']}" if tested else corpus,
         version=__version__,
         classes=", ".join(description.classes),
+        encoder_alone=_ENCODER_ALONE[network],
         made=_list(_made(description, tested)),
         test=_test(tested) if tested else "Not recorded.",
         licence=_LICENCES.get(corpus, unknown),
