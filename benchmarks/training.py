@@ -219,22 +219,22 @@ def retraining(precision: str) -> sides.Side:
     """Stage 3."""
 
     def side(folder: Path) -> sides.Work:
+        import torch
+
         from gmp_atl import encoder as encoders
         from gmp_atl.encoder import Regularisation
+        from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
         from gmp_atl.masking import span_mask
-        from gmp_atl.stages.retraining import MaskedPredictor, masked_prediction
 
         settings = workload.setting("retraining").retraining
         encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
-        model = MaskedPredictor(encoder, settings, list(SIZES))
-        random = np.random.default_rng(0)
-        labels = {
-            size: [random.integers(0, size, n).astype(np.uint16) for n in clips(folder).lengths] for size in SIZES
-        }
+        model = MaskedPredictor(encoder, settings.projection, list(SIZES), settings.codebook_head)
+        labels = {size: torch.randint(size, (int(clips(folder).lengths.sum()),)) for size in SIZES}
 
         def objective(batch: Any, generator: torch.Generator) -> Any:
             mask = span_mask(batch.lengths, settings.mask.probability, settings.mask.length, generator)
-            return masked_prediction(model, batch, mask, labels, 0.0)
+            targets = {size: of_frames[batch.rows] for size, of_frames in labels.items()}
+            return masked_prediction(model, batch.local, batch.lengths, mask, targets, 0.0)
 
         return trainer(folder, model, objective, "retraining", precision)
 

@@ -16,7 +16,6 @@ from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
-CPU = torch.device("cpu")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -116,12 +115,14 @@ def test_ten_seconds_are_500_frames_and_every_start_occurs():
 def test_a_batch_holds_slices_and_zeros(lengths, seed):
     clips = clips_of(lengths)
     crops = random_crops(clips, range(len(lengths)), 20 * FRAME_SECONDS, generator(seed))
-    batch = collate(clips, crops, CPU)
+    batch = collate(clips, crops)
     assert batch.local.dtype == torch.float32
-    for row, index, start, length in zip(batch.local, batch.indices, batch.starts, batch.lengths.tolist(), strict=True):
-        assert row[:length, 0].eq(index).all()
-        assert row[:length, 1].tolist() == list(range(start, start + length))
-        assert not row[length:].any()
+    for local, rows, crop in zip(batch.local, batch.rows, crops, strict=True):
+        assert local[: crop.length, 0].eq(crop.index).all()
+        assert local[: crop.length, 1].tolist() == list(range(crop.start, crop.start + crop.length))
+        assert torch.equal(local[: crop.length], clips.frames[rows[: crop.length]].float())
+        assert not local[crop.length :].any()
+        assert rows[crop.length :].eq(-1).all()
 
 
 def test_testing_sees_whole_clips():

@@ -411,7 +411,7 @@ LENGTHS = st.lists(st.integers(1, 48), min_size=1, max_size=5)
 def batch_of(clips: list[Tensor], padding: float = 0.0) -> Batch:
     lengths = torch.tensor([len(clip) for clip in clips])
     local = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=padding)
-    return Batch(list(range(len(clips))), [0] * len(clips), local, lengths)
+    return Batch(list(range(len(clips))), torch.zeros(local.shape[:2], dtype=torch.long), local, lengths)
 
 
 def clips_of(lengths: list[int]) -> list[Tensor]:

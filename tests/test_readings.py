@@ -17,10 +17,10 @@ from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import HeadConfig, RetrainingConfig
 from gmp_atl.encoder import load_tensors
 from gmp_atl.formats import LAYER_FEATURES, PREDICTIONS, PSEUDO_LABELS
+from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
 from gmp_atl.stages import clustering as clustering_stage
 from gmp_atl.stages import finetuning as finetuning_stage
 from gmp_atl.stages import retraining as retraining_stage
-from gmp_atl.stages.retraining import MaskedPredictor, masked_prediction
 
 STANDSTILL = 1e-12
 """A learning rate at which weights stay, to seven digits, what they were."""
@@ -97,20 +97,18 @@ class FrameProblem:
 
     def __init__(self, encoder: Any, **config: Any) -> None:
         torch.manual_seed(0)
-        self.config = RetrainingConfig(projection=8, **config)
-        self.model = MaskedPredictor(encoder, self.config, [5]).eval()
-        self.batch = Batch([0, 1], [0, 0], torch.randn(2, 12, 16), torch.tensor([12, 7]))
+        self.config = RetrainingConfig(**config)
+        self.model = MaskedPredictor(encoder, 8, [5], self.config.codebook_head).eval()
+        self.local, self.lengths = torch.randn(2, 12, 16), torch.tensor([12, 7])
         self.mask = torch.zeros(2, 12, dtype=torch.bool)
         self.mask[0, 2:6] = self.mask[1, 1:5] = True
-        self.labels = [np.arange(12) % 5, np.arange(7) % 5]
+        self.labels = torch.arange(24).reshape(2, 12) % 5
 
     def mean_loss(self, shift_masked: int = 0, shift_unmasked: int = 0) -> float:
         """With the labels of masked, or of unmasked, frames replaced by others."""
-        labels = [
-            (each + np.where(row[: len(each)], shift_masked, shift_unmasked)) % 5
-            for each, row in zip(self.labels, self.mask.numpy(), strict=True)
-        ]
-        terms = masked_prediction(self.model, self.batch, self.mask, {5: labels}, self.config.unmasked_weight)
+        labels = (self.labels + torch.where(self.mask, shift_masked, shift_unmasked)) % 5
+        weight = self.config.unmasked_weight
+        terms = masked_prediction(self.model, self.local, self.lengths, self.mask, {5: labels}, weight)
         return terms.loss.item() / terms.count
 
 
@@ -134,7 +132,7 @@ def test_5_cosine_heads_give_cosines_over_a_temperature_of_a_tenth(tiny_encoder,
     with torch.no_grad():
         for parameter in problem.model.heads.parameters():
             parameter *= 1000
-        logits = problem.model(problem.batch, problem.mask, problem.mask)[5]
+        logits = problem.model(problem.local, problem.lengths, problem.mask, torch.arange(12))[5]
     assert (logits.abs().max() <= 10 + 1e-4) == bounded
 
 
@@ -177,7 +175,7 @@ def test_6_layers_above_the_one_that_the_head_reads_are_not_trained(stages, star
 
 def test_6_layers_above_the_one_that_the_head_reads_get_no_gradient(tiny_encoder):
     model = Classifier(tiny_encoder, HeadConfig(layer=-3, lstm_hidden=8, projection=8), {"emotion": 2})
-    model(Batch([0], [0], torch.randn(1, 9, 16), torch.tensor([9])))["emotion"].sum().backward()
+    model(Batch([0], torch.arange(9)[None], torch.randn(1, 9, 16), torch.tensor([9])))["emotion"].sum().backward()
     reached = {name for name, parameter in tiny_encoder.named_parameters() if parameter.grad is not None}
     assert layers_in(reached) == set(range(N_LAYERS - 2))
 
@@ -338,7 +336,7 @@ def test_14_training_crops_to_the_longest_allowed(stages, upstream, monkeypatch,
     getattr(stages, stage)(*before, {f"{stage}.optimisation.max_clip_seconds": 0.4})
     lengths = [length for _, batch in calls for length in batch.lengths.tolist()]
     assert set(lengths) == {20}
-    assert len({start for _, batch in calls for start in batch.starts}) > 3
+    assert len({crop.start for (_, crops), _ in calls for crop in crops}) > 3
 
 
 def test_14_testing_sees_whole_clips(stages, monkeypatch):

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from torch import Tensor
 from torch.nn import functional as F
 
 from gmp_atl import classifier
@@ -39,11 +40,11 @@ from gmp_atl.formats import (
     read_features,
     sha256,
 )
+from gmp_atl.masked_prediction import masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.stages import local_features as local_features_stage
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.pretrained import pretrained
-from gmp_atl.stages.retraining import masked_prediction
 
 # The pre-trained HuBERT.
 
@@ -256,8 +257,8 @@ def test_a_class_without_training_clips_is_named(stages, write_utterances, stage
 class Oracle:
     """Stands for the model: predicts the label that each frame carries in its first feature."""
 
-    def __call__(self, batch: Any, mask: torch.Tensor, chosen: torch.Tensor) -> dict[int, torch.Tensor]:
-        return {7: 100 * F.one_hot(batch.local[..., 0].long(), 7)[chosen].float()}
+    def __call__(self, local: Tensor, lengths: Tensor, mask: Tensor, chosen: Tensor) -> dict[int, Tensor]:
+        return {7: 100 * F.one_hot(local[..., 0].flatten().long(), 7)[chosen].float()}
 
 
 @settings(max_examples=60)
@@ -275,9 +276,10 @@ def test_pseudo_labels_follow_their_frames_through_crops_and_batches(lengths, cr
     crops = random_crops(clips, range(len(lengths)), (crop + 0.5) / 50, generator)
     counted = 0
     for group in within_budget(crops, budget / 50):
-        batch = collate(clips, group, torch.device("cpu"))
+        batch = collate(clips, group)
         mask = span_mask(batch.lengths, 0.8, 10, generator)
-        terms = masked_prediction(Oracle(), batch, mask, {7: labels}, unmasked_weight)
+        targets = {7: torch.from_numpy(np.concatenate(labels).astype(np.int64))[batch.rows]}
+        terms = masked_prediction(Oracle(), batch.local, batch.lengths, mask, targets, unmasked_weight)
         counted += terms.count
         correct, n_masked = terms.quantities["masked_accuracy_7"]
         assert terms.loss.item() == pytest.approx(0, abs=1e-6)
@@ -289,8 +291,9 @@ def test_pseudo_labels_follow_their_frames_through_crops_and_batches(lengths, cr
 def test_labels_that_are_off_by_a_frame_are_noticed_by_that_test():
     labels = [np.arange(20) % 7]
     clips = Clips(["a"], [np.roll(labels[0], 1)[:, None].astype(np.float16)])
-    batch = collate(clips, random_crops(clips, [0], 1.0, torch.Generator()), torch.device("cpu"))
-    terms = masked_prediction(Oracle(), batch, torch.ones(1, 20, dtype=torch.bool), {7: labels}, 0.0)
+    batch = collate(clips, random_crops(clips, [0], 1.0, torch.Generator()))
+    mask, targets = torch.ones(1, 20, dtype=torch.bool), {7: torch.from_numpy(labels[0])[batch.rows]}
+    terms = masked_prediction(Oracle(), batch.local, batch.lengths, mask, targets, 0.0)
     assert terms.quantities["masked_accuracy_7"][0] < 3
 
 
@@ -380,7 +383,7 @@ def test_predictions_are_those_of_each_held_out_clip_alone(stages, loss):
         clip = Clips([row["id"]], [stages.inputs.frames[row["id"]]])
         crops = random_crops(clip, [0], 1e9, torch.Generator())
         with torch.inference_mode():
-            outputs = network.eval()(collate(clip, crops, torch.device("cpu")))["emotion"][0]
+            outputs = network.eval()(collate(clip, crops))["emotion"][0]
         scores = torch.softmax(outputs * (30 if loss == "ams" else 1), dim=0)
         assert row["scores"] == pytest.approx(scores.tolist(), abs=1e-5)
         assert sum(row["scores"]) == pytest.approx(1, abs=1e-5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from gmp_atl.errors import UserError
 
@@ -36,6 +38,27 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, compute: torch.dtype) -> AbstractContextManager[object]:
     """Matrix products in `compute`; weights, sums and losses stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; a GPU is not waited for, as it would be if the copy left from ordinary memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def fetch(values: Tensor) -> Callable[[], list[float]]:
+    """What gives the values when they are needed; only then is the device waited for, and not for what came later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    received = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    received.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def ask() -> list[float]:
+        arrived.synchronize()
+        return received.tolist()
+
+    return ask
 
 
 def _cpu_has_amx() -> bool:

@@ -86,6 +86,21 @@ class Moments:
         return cls(torch.zeros((), device=parameter.device), torch.zeros_like(parameter), torch.zeros_like(parameter))
 
 
+@dataclass(frozen=True)
+class Unsettled:
+    """An update whose figures a GPU may still compute, while the next is prepared."""
+
+    update: int
+    names: list[str]
+    values: Callable[[], list[float]]
+    """Of the quantities named; asking waits for them."""
+    failed: Tensor
+    """One if loss or gradient are not finite, else zero, ()."""
+    rate: float
+    ids: list[str]
+    """Of its utterances."""
+
+
 def regularisation(config: OptimisationConfig) -> Regularisation:
     """The encoder's random perturbations that a stage asks for."""
     return Regularisation(config.dropout, config.attention_dropout, config.layerdrop)
@@ -127,7 +142,7 @@ class Trainer:
         validate: Validation | None = None,
     ) -> None:
         """Args: `epochs` or `updates` says how long; `fingerprint` ties the checkpoint to its inputs and code."""
-        self.model, self.objective, self.clips, self.validate = model.to(device), objective, clips, validate
+        self.model, self.objective, self.clips, self.validate = model.to(device), objective, clips.to(device), validate
         self.config, self.compute, self.key, self.device = config, compute, key, device
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self.precision = devices.dtype(compute.precision, device)
@@ -136,6 +151,7 @@ class Trainer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
         self.progress = Progress()
+        self._unsettled: Unsettled | None = None
         self._order: tuple[int, list[list[int]]] = (-1, [])
 
     def run(self) -> None:
@@ -163,6 +179,7 @@ class Trainer:
                 if now - reported >= PROGRESS_SECONDS:
                     reported = now
                     self._report(seconds / (now - started), (now - started) / (self.progress.update - first))
+        self._settle()
         if self.progress.best_weights:
             self.model.load_state_dict(self.progress.best_weights, strict=False)
         self.model.eval()
@@ -190,7 +207,7 @@ class Trainer:
             parameter.grad = None
         parts: list[Terms] = []
         for members in within_budget(crops, self.compute.batch_seconds):
-            batch = collate(self.clips, members, self.device)
+            batch = collate(self.clips, members)
             with devices.autocast(self.device, self.precision):
                 terms = self.objective(batch, generator)
             terms.loss.backward()  # type: ignore[no-untyped-call]
@@ -199,16 +216,21 @@ class Trainer:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / count)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
-        self._record(parts, count, norm, rate, crops=[self.clips.ids[crop.index] for crop in crops])
-        self._step(rate)
+        self._settle()
+        made = self._measure(parts, count, norm, rate, [self.clips.ids[crop.index] for crop in crops])
+        self._step(rate, made.failed)
+        self._unsettled = made
         self.progress.update += 1
         if self.validate and self.progress.update % self.updates_per_epoch == 0:
             self._keep_best(self.validate)
         return sum(crop.length for crop in crops) * FRAME_SECONDS
 
     @torch.no_grad()
-    def _step(self, rate: float) -> None:
-        """Adam. Its class, torch.optim.Adam, would import torch's compiler, which every short job would wait for."""
+    def _step(self, rate: float, failed: Tensor) -> None:
+        """Adam, unless the update has failed: then nothing changes.
+
+        Its class, torch.optim.Adam, would import torch's compiler, which every short job would wait for.
+        """
         with_gradient = [(p, p.grad, self.moments[name]) for name, p in self.parameters.items() if p.grad is not None]
         parameters, gradients, moments = map(list, zip(*with_gradient, strict=True))
         adam(
@@ -219,6 +241,7 @@ class Trainer:
             [],
             [each.step for each in moments],
             fused=True,
+            found_inf=failed,
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
@@ -235,18 +258,32 @@ class Trainer:
             self._order = (epoch, epoch_batches(self.clips.lengths, self.config.batch_size, generator))
         return self._order[1][position]
 
-    def _record(self, parts: list[Terms], count: int, norm: Tensor, rate: float, crops: list[str]) -> None:
+    def _measure(self, parts: list[Terms], count: int, norm: Tensor, rate: float, ids: list[str]) -> Unsettled:
+        """What the history gets of this update. A GPU still computes it, and is not waited for."""
         sums: dict[str, Tensor] = {"loss": torch.stack([part.loss for part in parts]).sum() / count}
         for name in parts[0].quantities:
             total = torch.stack([part.quantities[name][0].detach().float() for part in parts]).sum()
             sums[name] = total / max(1, sum(part.quantities[name][1] for part in parts))
-        values = torch.stack([*sums.values(), norm]).tolist()
-        if not all(map(math.isfinite, (values[0], values[-1]))):
-            self._diverged(values[0], values[-1], crops)
-        names = [*sums, "gradient_norm", "learning_rate"]
-        self.progress.history += [
-            (self.progress.update, name, value) for name, value in zip(names, [*values, rate], strict=True)
-        ]
+        sums["gradient_norm"] = norm
+        failed = ~torch.isfinite(torch.stack([sums["loss"], norm])).all()
+        values = devices.fetch(torch.stack(list(sums.values())))
+        return Unsettled(self.progress.update, list(sums), values, failed.float(), rate, ids)
+
+    def _settle(self) -> None:
+        """Put the last update into the history.
+
+        Raises:
+            UserError: its loss or gradient is not finite. It has not changed the weights.
+        """
+        made, self._unsettled = self._unsettled, None
+        if made is None:
+            return
+        found = dict(zip(made.names, made.values(), strict=True))
+        if not math.isfinite(found["loss"] + found["gradient_norm"]):
+            self.progress.update = made.update
+            self._diverged(found["loss"], found["gradient_norm"], made.ids)
+        found["learning_rate"] = made.rate
+        self.progress.history += [(made.update, name, value) for name, value in found.items()]
 
     def _diverged(self, loss: float, norm: float, ids: list[str]) -> None:
         self._save()
@@ -257,6 +294,7 @@ class Trainer:
         )
 
     def _keep_best(self, validate: Validation) -> None:
+        self._settle()
         self.model.eval()
         figures = validate()
         self.model.train()
@@ -268,6 +306,7 @@ class Trainer:
             self.progress.best_weights = {name: weights[name].detach().cpu().clone() for name in self.parameters}
 
     def _report(self, rate: float, seconds_per_update: float) -> None:
+        self._settle()
         loss = next(v for _, name, v in reversed(self.progress.history) if name == "loss")
         left = (self.updates - self.progress.update) * seconds_per_update
         log.info(
@@ -277,6 +316,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self._settle()
         progress = self.progress
         names = sorted({name for _, name, _ in progress.history})
         rows = [[update, names.index(name), value] for update, name, value in progress.history]

@@ -1,0 +1,108 @@
+"""Masked prediction of pseudo-labels: model, loss and labels of whatever trains by it (paper, Sec. 3.2, Fig. 1 b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmp_atl.devices import send
+from gmp_atl.encoder import Encoder
+from gmp_atl.errors import UserError
+from gmp_atl.folds import Split
+from gmp_atl.formats import PSEUDO_LABELS
+from gmp_atl.heads import CodebookHeads
+from gmp_atl.training import Terms
+
+
+class MaskedPredictor(nn.Module):
+    """Encoder and one head per codebook."""
+
+    def __init__(self, encoder: Encoder, projection: int, sizes: list[int], kind: str) -> None:
+        """Args: projection: width within the heads; kind: linear or cosine, as `CodebookHeads` has them."""
+        super().__init__()
+        self.encoder = encoder
+        self.heads = CodebookHeads(encoder.architecture.hidden_size, projection, sizes, kind)
+
+    def forward(self, local: Tensor, lengths: Tensor, mask: Tensor, chosen: Tensor) -> dict[int, Tensor]:
+        """Logits per codebook, (chosen frames, size); the frames chosen are counted through the batch, row by row."""
+        hidden = self.encoder(local, lengths, mask=mask)
+        return self.heads(hidden.flatten(0, 1)[chosen])
+
+
+def masked_prediction(
+    model: MaskedPredictor,
+    local: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    targets: dict[int, Tensor],
+    unmasked_weight: float,
+) -> Terms:
+    """Cross-entropy over the masked frames, summed over codebooks; optionally also over unmasked ones.
+
+    Args:
+        local: local features, (batch, frames, dimensions).
+        lengths: valid frames per clip, (batch,), on the CPU.
+        mask: (batch, frames) of bool, on the CPU, never true on padding.
+        targets: per codebook the pseudo-label of every frame, (batch, frames), on the device; any on padding.
+        unmasked_weight: of unmasked frames in loss and, if above zero, in the count, as in fairseq.
+    """
+    device = local.device
+    candidates = torch.arange(mask.shape[1]) < lengths[:, None] if unmasked_weight > 0 else mask
+    positions = candidates.flatten().nonzero()[:, 0]  # here, since a GPU would have to be waited for
+    is_masked, chosen = send(mask.flatten()[positions], device), send(positions, device)
+    logits = model(local, lengths, send(mask, device), chosen)
+    n_masked = int(mask.sum())
+    loss = torch.zeros((), device=device)
+    quantities = {}
+    for size, predicted in logits.items():
+        target = targets[size].flatten()[chosen]
+        each = F.cross_entropy(predicted.float(), target, reduction="none")
+        loss = loss + (each * torch.where(is_masked, 1.0, unmasked_weight)).sum()
+        correct = (predicted.argmax(1) == target) & is_masked
+        quantities[f"masked_loss_{size}"] = ((each * is_masked).sum(), n_masked)
+        quantities[f"masked_accuracy_{size}"] = (correct.sum(), n_masked)
+    return Terms(loss, len(positions), quantities)
+
+
+def check_codebook(path: Path, layer: int, sizes: list[int], encoder: str) -> None:
+    """Refuse pseudo-labels that this job did not ask for."""
+    header = PSEUDO_LABELS.open(path)[1]
+    for what, found, expected in (
+        ("layer", header["layer"], [layer]),
+        ("size", header["size"], sizes),
+        ("encoder", header["encoder"], [encoder]),
+    ):
+        if found not in expected:
+            raise UserError(
+                f"{path} holds pseudo-labels of {what} {found}, but {what} {' or '.join(map(str, expected))} is "
+                "expected; delete it and run snakemake again."
+            )
+
+
+def read_labels(
+    path: Path, split: Split, lengths: Sequence[int], *, transductive: bool
+) -> tuple[int, list[np.ndarray]]:
+    """Size of a codebook, and the labels of each clip, int64, one for each of its `lengths` frames.
+
+    Raises:
+        LeakageError: labels of, or fitted on, a held-out utterance.
+        UserError: a clip with another number of labels.
+    """
+    table, metadata = PSEUDO_LABELS.read(path)
+    ids = table["id"].to_pylist()
+    split.refuse_leaks(ids, path)
+    if not transductive:
+        split.refuse_leaks(metadata["fitted_on"], path)
+    found = dict(zip(ids, (labels.values.to_numpy() for labels in table["labels"].combine_chunks()), strict=True))
+    for utterance, frames in zip(split.ids, lengths, strict=True):
+        if utterance not in found or len(found[utterance]) != frames:
+            raise UserError(
+                f"{path} has {len(found.get(utterance, []))} labels for {utterance}, which has {frames} frames; delete "
+                "it and run snakemake again."
+            )
+    return metadata["size"], [found[utterance].astype(np.int64) for utterance in split.ids]
