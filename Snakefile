@@ -22,6 +22,11 @@ include: "workflow/rules/baseline.smk"
 include: "workflow/rules/tables.smk"
 
 
+if CONFIG.pretraining:
+
+    include: "workflow/rules/pretraining.smk"
+
+
 rule all:
     default_target: True
     input:

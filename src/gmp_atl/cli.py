@@ -32,6 +32,12 @@ STAGES = {
     "examples": "single utterances for the report",
     "functionals": "openSMILE eGeMAPS functionals of every clip",
     "baseline": "classical reference: functionals and an SVM",
+    "speech": "speech without labels, to pre-train an encoder on",
+    "mfcc": "its cepstral coefficients",
+    "pretraining": "an encoder from random weights, by masked prediction",
+    "probe": "what the layers of a frozen encoder tell of emotion",
+    "probes": "probes and training curves as a table and figures",
+    "distribution": "a pre-trained encoder as it is handed on",
     "tables": "evaluations to Tables 1-4",
     "figures": "evaluations to figures",
     "archive": "evaluations, histories and records in one file",
@@ -138,6 +144,8 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspe
     options: dict[str, Any] = {"required": parameter.default is parameter.empty, "default": default}
     if kind in (Path, int, str):
         parser.add_argument(flag, type=kind, **options)
+    elif list[Path] in get_args(kind):  # may be left out
+        parser.add_argument(flag, nargs="+", type=Path, **options)
     elif type(None) in get_args(kind):  # "none" stands for None
         inner = next(each for each in get_args(kind) if each is not type(None))
         parser.add_argument(flag, type=lambda text: None if text == "none" else inner(text), **options)

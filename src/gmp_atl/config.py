@@ -242,6 +242,54 @@ class RetrainingConfig(Section):
     optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
 
 
+class IterationConfig(Section):
+    """One round of clustering and masked prediction, of which HuBERT has two (Hsu et al. 2021, Sec. IV-B)."""
+
+    layer: Annotated[int, Field(le=0)]
+    """Whose frames are clustered: 0 stands for MFCCs, others are layers of the encoder of the iteration before."""
+    sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(min_length=1)
+    """Centroids of each codebook."""
+    updates: Count
+    """Optimiser steps."""
+    start: Literal["random", "previous"] = "random"
+    """Weights to begin with: random ones, or those of the iteration before."""
+
+
+class PretrainingConfig(Section):
+    """An encoder of one's own, from random weights and speech without labels: `snakemake pretrain`."""
+
+    speech: Path
+    """Manifest, CSV or Parquet; of its columns, only `path` is read."""
+    attribution: list[str] = Field(min_length=1)
+    """Sources and licences of the speech, for the model card."""
+    speeds: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(default=[1.0], min_length=1)
+    """At which each clip is heard, tempo and pitch together: 1.0 is as recorded."""
+    mixing: Fraction = 0.0
+    """Share of the clips that are heard with another over up to half of them; labels stay those of the clip alone."""
+    iterations: list[IterationConfig] = Field(min_length=1)
+    """The first on MFCCs."""
+    probes: list[Count] = []
+    """Updates of every iteration after which the encoder is kept and probed, as it is after the last."""
+    mask: MaskConfig = MaskConfig()
+    codebook_head: Literal["linear", "cosine"] = "linear"
+    """As in retraining."""
+    projection: Count = 256
+    """As in retraining."""
+    optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainingConfig:
+        first = self.iterations[0]
+        if first.layer != 0 or first.start != "random":
+            raise ValueError("iterations: the first has layer 0 and start random, since no encoder is there before it")
+        if self.probes and max(self.probes) >= min(iteration.updates for iteration in self.iterations):
+            raise ValueError("probes must lie before the last update of every iteration, which is always probed")
+        for name, values in (("speeds", self.speeds), ("probes", self.probes)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names a value twice")
+        return self
+
+
 class FinetuningConfig(Section):
     """Stage 4: emotion from the utterance (paper, Sec. 3.3, Eqs. 2 and 3)."""
 
@@ -296,6 +344,8 @@ class Config(Section):
     retraining: RetrainingConfig = RetrainingConfig()
     finetuning: FinetuningConfig = FinetuningConfig()
     tables: TablesConfig = TablesConfig()
+    pretraining: PretrainingConfig | None = None
+    """How `snakemake pretrain` makes an encoder; no part of the experiment (docs/pretraining.md)."""
     ablations: dict[Name, dict[str, Any]] = {}
     """Extra rows: a name, and the keys (of multitask, clustering, retraining, finetuning, head) that it
     changes. Stages that a change does not reach are shared with the main run."""
@@ -383,6 +433,22 @@ class RetrainingSlice(Section):
     retraining: RetrainingConfig
 
 
+class PretrainingSlice(Section):
+    """What pre-training reads."""
+
+    encoder: EncoderConfig
+    compute: ComputeConfig
+    pretraining: PretrainingConfig
+
+
+class ProbeSlice(Section):
+    """What a probe of an encoder reads."""
+
+    classes: list[str]
+    folds: FoldsConfig
+    compute: ComputeConfig
+
+
 class FinetuningSlice(Section):
     """What stage 4 and its evaluation read."""
 
@@ -414,6 +480,8 @@ SLICES: dict[str, type[Section]] = {
     "evaluation": FinetuningSlice,
     "examples": FinetuningSlice,
     "baseline": BaselineSlice,
+    "pretraining": PretrainingSlice,
+    "probe": ProbeSlice,
     "tables": Config,
 }
 """The sections of the config that each stage reads."""
@@ -467,6 +535,13 @@ def slice_for(config: Config, stage: str) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(SLICES[stage].model_fields), exclude=unread(stage))
 
 
+def up_to(config: Config, iteration: int) -> Config:
+    """The config without the iterations of pre-training after this one (from 1): none of them changes its results."""
+    assert config.pretraining is not None
+    kept = {"iterations": config.pretraining.iterations[:iteration]}
+    return config.model_copy(update={"pretraining": config.pretraining.model_copy(update=kept)})
+
+
 def unread(stage: str) -> dict[str, Any]:
     """Keys of a stage's sections that its results do not depend on, as pydantic excludes them."""
     return NOT_IN_RESULTS | _UNREAD.get(stage, {})
@@ -474,7 +549,7 @@ def unread(stage: str) -> dict[str, Any]:
 
 def identity(config: Config) -> str:
     """Twelve hexadecimal digits that name the experiment: equal for equal settings, wherever it runs."""
-    settings = config.model_dump(mode="json", exclude={"name": True, **NOT_IN_RESULTS})
+    settings = config.model_dump(mode="json", exclude={"name": True, "pretraining": True, **NOT_IN_RESULTS})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

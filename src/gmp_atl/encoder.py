@@ -10,6 +10,7 @@ Architecture: Hsu et al., "HuBERT", TASLP 2021, Sec. II and Table I.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ RECEPTIVE_FIELD = 400
 """Samples that one frame sees."""
 HOP = 320
 """Samples between two frames: 50 frames per second."""
+MFCC = "MFCC"
+"""Stands for the encoder of features that were made without one; their layer is 0."""
 _STRETCH = 64
 """Frames whose convolutions are computed at once: 4 MB pass from the first to the second in bfloat16."""
 
@@ -222,6 +225,13 @@ class Convolutions(nn.Module):
             for i in range(len(CONV_KERNELS))
         )
 
+    def together(self, audio: Tensor) -> Tensor:
+        """Clips of one length, (batch, samples), to (batch, frames, channels), layer by layer: for training."""
+        hidden = audio[:, None]
+        for layer in self.conv_layers:
+            hidden = layer.together(hidden)  # type: ignore[operator]
+        return hidden.transpose(1, 2)
+
     def arrange(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on, all but the first layer's products, and lay the filters out for that."""
         for layer in self.conv_layers[1:]:
@@ -279,6 +289,15 @@ class ConvLayer(nn.Module):
         image = hidden.T[None, :, None]  # of height one: torch lays out two-dimensional convolutions by channels only
         convolved = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, (1, *self.conv.stride))
         return self.activate(convolved[0, :, 0].T)
+
+    def together(self, hidden: Tensor) -> Tensor:
+        """Of many clips: (batch, channels, frames) to about half as many frames."""
+        hidden = self.conv(hidden)
+        if self.over_channels:
+            hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)
+        else:
+            hidden = self.layer_norm(hidden)
+        return F.gelu(hidden)
 
     def activate(self, hidden: Tensor) -> Tensor:
         """GELU of (frames, channels), after the normalisation of large."""
@@ -455,7 +474,7 @@ class TransformerLayer(nn.Module):
         return out
 
 
-def from_scratch(config: ScratchEncoderConfig) -> Encoder:
+def from_scratch(config: ScratchEncoderConfig, regularisation: Regularisation | None = None) -> Encoder:
     """A HuBERT with seeded random weights; equal seeds, equal weights. Linear layers are as in transformers."""
     architecture = Architecture(
         hidden_size=config.hidden_size,
@@ -466,7 +485,7 @@ def from_scratch(config: ScratchEncoderConfig) -> Encoder:
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(config.seed)
-        encoder = Encoder(architecture)
+        encoder = Encoder(architecture, regularisation)
         for module in encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -479,6 +498,14 @@ def from_scratch(config: ScratchEncoderConfig) -> Encoder:
                 # else it grows from layer to layer until clips differ by 3 % of their features' power only.
                 weight.sub_(weight.mean(dim=(1, 2), keepdim=True))
     return encoder
+
+
+def digest(encoder: Encoder) -> str:
+    """SHA-256 of all weights, independent of the file that they came in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def save(encoder: Encoder, folder: Path, /, **metadata: Any) -> None:

@@ -371,6 +371,11 @@ EXAMPLES = Format(
     ),
     metadata={"fold": int, "seed": int, "layer": int, "sizes": list[PositiveInt], "classes": list[str]},
 )
+PROBES = Format(
+    "probes",
+    _schema(layer=pa.int32(), fold=pa.int32(), uar=pa.float64(), war=pa.float64()),  # layer 0: the convolutions' output
+    metadata={"corpus": str, "encoder": str, "utterances": PositiveInt},
+)
 FUNCTIONALS = Format(
     "functionals",
     _schema(id=pa.string(), values=pa.list_(pa.field("item", pa.float32(), nullable=False))),

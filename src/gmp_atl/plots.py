@@ -6,6 +6,7 @@ grey. What was not run is said in the figure's place.
 
 from __future__ import annotations
 
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +38,7 @@ class Style(NamedTuple):
     line: Any
 
 
-_STYLES = (
+STYLES = (
     Style(BLUE, "", "o", "-"),
     Style(ORANGE, "//", "s", "--"),
     Style("#009E73", "..", "^", ":"),
@@ -58,7 +59,7 @@ _POINTS = 200
 
 def table4(run: Evaluations) -> Figure:
     """Table 4 as curves, the paper's beside the run's."""
-    figure = _figure(8, 3.6)
+    figure = figure_of(8, 3.6)
     layers = sorted({*paper.TABLE_4, *run.config.tables.layers}, reverse=True)
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
         published = [getattr(score, measure.lower()) for score in paper.TABLE_4.values()]
@@ -78,7 +79,7 @@ def table4(run: Evaluations) -> Figure:
 def scores(run: Evaluations) -> Figure:
     """Every system: its folds, their mean and a 95 % confidence interval of it."""
     shown = [system for system in systems(run.config) if run.of(system)]
-    figure = _figure(9, 1.4 + 0.34 * max(3, len(shown)))
+    figure = figure_of(9, 1.4 + 0.34 * max(3, len(shown)))
     if not shown:
         return _empty(figure)
     figure.suptitle(
@@ -103,7 +104,7 @@ def folds(run: Evaluations) -> Figure:
     """Table 3's systems on every fold and every session, as bars."""
     asked = table_3_systems(run.config).values() if 3 in run.config.tables.numbers else [main_system(run.config)]
     shown = [system for system in asked if run.of(system)]
-    figure = _figure(10, 6.4)
+    figure = figure_of(10, 6.4)
     if not shown:
         return _empty(figure)
     kinds = {"fold": _by_fold, "session": _by_session}
@@ -132,7 +133,7 @@ def confusions(run: Evaluations) -> Figure:
     shown = [system for system in systems(run.config) if run.of(system)]
     columns = min(3, max(1, len(shown)))
     rows = -(-len(shown) // columns) or 1
-    figure = _figure(4.2 * columns, 4.2 * rows)
+    figure = figure_of(4.2 * columns, 4.2 * rows)
     if not shown:
         return _empty(figure)
     every = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -148,7 +149,7 @@ def training(run: Evaluations) -> Figure:
     """Losses and accuracies of the main system's three trainings, masked accuracy per codebook."""
     found = run.histories(main_system(run.config))
     stages = [stage for stage in _STAGES if stage in found]
-    figure = _figure(9, 2.7 * max(1, len(stages)))
+    figure = figure_of(9, 2.7 * max(1, len(stages)))
     if not stages:
         return _empty(figure, "not run, or not recorded")
     for row, stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages, strict=True):
@@ -157,8 +158,8 @@ def training(run: Evaluations) -> Figure:
         for axes, kind in zip(row, ("loss", "accuracy"), strict=True):
             percent = kind == "accuracy"
             drawn = [name for name in names if ("loss" in name) != percent]
-            for style, name in zip(cycle(_STYLES), drawn, strict=False):
-                _curve(axes, history[history["quantity"] == name], _words(name), style, 100 if percent else 1)
+            for style, name in zip(cycle(STYLES), drawn, strict=False):
+                curve(axes, history[history["quantity"] == name], _words(name), style, 100 if percent else 1)
             axes.set(xlabel="update", ylabel="training accuracy (%)" if percent else "loss (nats)")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
@@ -171,7 +172,7 @@ def training(run: Evaluations) -> Figure:
 def clusters(run: Evaluations) -> Figure:
     """What the codebooks of the main run share with emotion, gender and speaker, and how evenly they are used."""
     main = run.clusters[run.clusters["variant"] == "main"]
-    figure = _figure(11, 3.2)
+    figure = figure_of(11, 3.2)
     if main.empty:
         return _empty(figure)
     means = main.groupby(["statistic", "size", "layer"])["value"].mean()
@@ -183,7 +184,7 @@ def clusters(run: Evaluations) -> Figure:
     }
     sizes = sorted(main["size"].unique())
     for axes, (statistic, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for style, size in zip(cycle(_STYLES), sizes, strict=False):
+        for style, size in zip(cycle(STYLES), sizes, strict=False):
             values = means[statistic, size].sort_index()
             shares = 100 * values / size if statistic == "perplexity" else values
             look = {"color": style.color, "marker": style.marker, "linestyle": style.line, "markersize": 4}
@@ -205,7 +206,7 @@ def jobs(run: Evaluations) -> Figure:
     records = defaultdict(list)
     for record in run.lineage.records:
         records[record.stage].append(record)
-    figure = _figure(11, 1.4 + 0.32 * max(3, len(records)))
+    figure = figure_of(11, 1.4 + 0.32 * max(3, len(records)))
     if not records:
         return _empty(figure, "not recorded")
     stages = sorted(records, key=lambda stage: -sum(record.seconds for record in records[stage]))
@@ -240,7 +241,7 @@ def jobs(run: Evaluations) -> Figure:
 
 def embeddings(run: Evaluations) -> Figure:
     """Held-out utterances of one fold on two principal components, before and after."""
-    figure = _figure(9, 4.6)
+    figure = figure_of(9, 4.6)
     found = run.embeddings()
     if found is None:
         return _empty(figure)
@@ -248,7 +249,7 @@ def embeddings(run: Evaluations) -> Figure:
     panels = figure.subplots(1, len(header["explained"]), squeeze=False)[0]
     for axes, (encoder, shares) in zip(panels, sorted(header["explained"].items(), reverse=True), strict=True):
         own = points[points["encoder"] == encoder]
-        for style, emotion in zip(cycle(_STYLES), run.config.classes, strict=False):
+        for style, emotion in zip(cycle(STYLES), run.config.classes, strict=False):
             of_class = own[own["emotion"] == emotion]
             for gender, fill in (("female", "none"), ("male", style.color)):
                 members = of_class[of_class["gender"] == gender]
@@ -277,9 +278,9 @@ def utterances(run: Evaluations) -> Figure:
     """Some utterances: spectrogram, pseudo-labels of every codebook, and scores of the classes."""
     found = run.examples()
     if found is None:
-        return _empty(_figure(6, 3))
+        return _empty(figure_of(6, 3))
     examples, header = found
-    figure = _figure(11, 2.0 * len(examples))
+    figure = figure_of(11, 2.0 * len(examples))
     # By hand: what the solver of layouts makes of figures in figures varies in its last digits from run to run.
     figure.set_layout_engine("none")
     parts = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
@@ -322,7 +323,18 @@ PLOTS = (table4, scores, folds, confusions, training, clusters, jobs, embeddings
 """In the order of the report."""
 
 
-def _figure(width: float, height: float) -> Figure:
+def svg(figure: Figure) -> str:
+    """The figure as text; equal figures give equal texts."""
+    import matplotlib
+
+    stream = io.StringIO()
+    # Without these two, every file would carry random identifiers and the time.
+    with matplotlib.rc_context({"svg.hashsalt": "gmp-atl"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def figure_of(width: float, height: float) -> Figure:
     """Of a size in inches."""
     from matplotlib.figure import Figure
 
@@ -384,7 +396,7 @@ def _bars(
         [max(0.0, value - interval.low) for value, interval in zip(values, intervals, strict=True)],
         [max(0.0, interval.high - value) for value, interval in zip(values, intervals, strict=True)],
     ]
-    style = _STYLES[number % len(_STYLES)]
+    style = STYLES[number % len(STYLES)]
     axes.bar(
         [place + (number - (count - 1) / 2) * width for place in present],
         values,
@@ -411,8 +423,8 @@ def _confusion(axes: Axes, matrix: np.ndarray, classes: list[str]) -> None:
     axes.set(xlabel="prediction", ylabel="label (rows sum to 100 %)")
 
 
-def _curve(axes: Axes, values: pd.DataFrame, label: str, style: Style, scale: float) -> None:
-    """Mean and range over jobs, of neighbouring updates together where there are many."""
+def curve(axes: Axes, values: pd.DataFrame, label: str, style: Style, scale: float) -> None:
+    """Draw mean and range over jobs (columns `update`, `job` and `value`), neighbouring updates together if many."""
     step = max(1, -(-(int(values["update"].max()) + 1) // _POINTS))
     binned = values.assign(bin=values["update"] // step).groupby(["bin", "job"])["value"].mean().unstack() * scale
     updates = binned.index.to_numpy() * step + (step - 1) / 2

@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,8 +140,17 @@ class Trainer:
         epochs: int | None = None,
         updates: int | None = None,
         validate: Validation | None = None,
+        after: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
-        """Args: `epochs` or `updates` says how long; `fingerprint` ties the checkpoint to its inputs and code."""
+        """Whoever trains says for how long, and what a checkpoint belongs to.
+
+        Args:
+            fingerprint: ties the checkpoint to its inputs and code.
+            epochs: how long, unless `updates` says it.
+            validate: figures that decide which epoch's weights are kept.
+            after: what is to be done after so many updates.
+        """
+        self.after = after or {}
         self.model, self.objective, self.clips, self.validate = model.to(device), objective, clips.to(device), validate
         self.config, self.compute, self.key, self.device = config, compute, key, device
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
@@ -221,6 +230,8 @@ class Trainer:
         self._step(rate, made.failed)
         self._unsettled = made
         self.progress.update += 1
+        if self.progress.update in self.after:
+            self.after[self.progress.update]()
         if self.validate and self.progress.update % self.updates_per_epoch == 0:
             self._keep_best(self.validate)
         return sum(crop.length for crop in crops) * FRAME_SECONDS

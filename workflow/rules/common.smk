@@ -38,7 +38,9 @@ wildcard_constraints:
     variant="[a-z0-9][a-z0-9_-]*",
     fold=r"\d+",
     seed=r"\d+",
-    layer=r"-\d+",
+    layer=r"0|-\d+",
+    iteration=r"\d+",
+    updates=r"\d+|last",
     gmps=r"none|-\d+",
     size=r"\d+",
     loss="ce|ams",
@@ -86,6 +88,9 @@ SIZES = CONFIG.clustering.sizes
 # The first job of the main system, whose utterances the report shows.
 FIRST = {"variant": "main", "layer": CONFIG.tables.layer, "gmps": CONFIG.tables.layer, "loss": "ams"}
 FIRST |= {"fold": 1, "seed": SEEDS[0]}
+ITERATIONS = range(1, 1 + len(CONFIG.pretraining.iterations)) if CONFIG.pretraining else []
+# Updates after which an encoder is kept, as the stage names them: the first is untrained.
+UPDATES = [0, *sorted(CONFIG.pretraining.probes), "last"] if CONFIG.pretraining else []
 # Pages of the report.
 CATEGORIES = {
     "Tables of the paper": ["table1", "table2", "table3", "table4"],
@@ -164,6 +169,31 @@ def head_of_stage_1(wildcards):
     if variant(wildcards.variant).finetuning.head == "fresh":
         return []
     return made_by("multitask", rules.multitask.output.head, wildcards)
+
+
+def encoder_before(wildcards):
+    """Of the iteration of pre-training before; the first has none."""
+    before = int(wildcards.iteration) - 1
+    return rules.pretraining.output.last.format(iteration=before) if before else []
+
+
+def clustered_speech(wildcards):
+    """Layer 0 stands for MFCCs."""
+    if wildcards.layer == "0":
+        return rules.mfcc.output.features
+    return rules.speech_layer_features.output.layers[0].format(**wildcards)
+
+
+def codebooks_of_iteration(wildcards):
+    """Pseudo-labels of the speech; fold 0 holds out nothing."""
+    iteration = CONFIG.pretraining.iterations[int(wildcards.iteration) - 1]
+    found = {"iteration": wildcards.iteration, "fold": 0, "seed": SEEDS[0], "layer": iteration.layer}
+    return expand(rules.speech_clustering.output.labels, size=iteration.sizes, **found)
+
+
+def settings_of_iteration(wildcards):
+    """What pre-training reads, up to the iteration of the job."""
+    return json.dumps(typed.slice_for(typed.up_to(CONFIG, int(wildcards.iteration)), "pretraining"), sort_keys=True)
 
 
 def evaluated_systems():

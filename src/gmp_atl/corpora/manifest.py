@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 REQUIRED = ("path", "speaker", "gender", "emotion")
+UNLABELLED = ("path",)
+"""What a manifest needs of speech that is only to be listened to."""
 OPTIONAL = ("id", "session")
 _ROWS_AT_ONCE = 10_000
 _GENDER_OF: dict[str, Literal["female", "male"]] = {"female": "female", "f": "female", "male": "male", "m": "male"}
@@ -45,15 +47,7 @@ def read(manifest: Path, classes: Sequence[str]) -> Corpus:
     Raises:
         UserError: names file, line and column of whatever is missing or malformed.
     """
-    if not manifest.is_file():
-        raise UserError(f"corpus.root: {manifest} is not a file; expected a manifest, CSV or Parquet.")
-    match manifest.suffix.lower():
-        case ".csv":
-            rows = _csv_rows(manifest)
-        case ".parquet":
-            rows = _parquet_rows(manifest)
-        case suffix:
-            raise UserError(f"corpus.root: {manifest} ends in {suffix!r}; a manifest ends in .csv or .parquet.")
+    rows = _rows(manifest, REQUIRED, key="corpus.root")
     corpus = Corpus(manifest.stem, manifest.parent, [], {})
     for id, (utterance, present) in by_id(_utterances(rows, manifest.parent)).items():
         if utterance.emotion not in classes:
@@ -65,9 +59,48 @@ def read(manifest: Path, classes: Sequence[str]) -> Corpus:
     return corpus
 
 
+def unlabelled(manifest: Path) -> dict[str, str]:
+    """Path by id of the clips of a manifest of which only the column `path` is read; raises as `read` does."""
+    rows = _rows(manifest, UNLABELLED, key="pretraining.speech")
+    return {id: path.as_posix() for id, path in by_id(_paths(rows, manifest.parent)).items()}
+
+
+def _paths(rows: Iterator[_Row], folder: Path) -> Iterator[Found[PurePath]]:
+    for row in rows:
+        path = _inside(row, folder)
+        if _kind(folder / path) != "file":
+            raise UserError(f"{row.place}: {path} is not there, or not a regular file; expected audio.")
+        yield Found(path.with_suffix("").as_posix(), row.place, path)
+
+
+def _rows(manifest: Path, required: Sequence[str], *, key: str) -> Iterator[_Row]:
+    """Rows of a CSV or Parquet file, which the config's `key` names."""
+    if not manifest.is_file():
+        raise UserError(f"{key}: {manifest} is not a file; expected a manifest, CSV or Parquet.")
+    match manifest.suffix.lower():
+        case ".csv":
+            return _csv_rows(manifest, required)
+        case ".parquet":
+            return _parquet_rows(manifest, required)
+        case suffix:
+            raise UserError(f"{key}: {manifest} ends in {suffix!r}; a manifest ends in .csv or .parquet.")
+
+
+def _inside(row: _Row, folder: Path) -> PurePath:
+    """The row's path, which must lie below the manifest's folder."""
+    path = PurePath(row.cells["path"])
+    may_escape = path.is_absolute() or ".." in path.parts
+    roots = (folder.absolute(), folder.resolve())
+    if may_escape and not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
+            "a link to the audio's folder beside the manifest."
+        )
+    return path
+
+
 def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[Found[tuple[Utterance, bool]]]:
     """What each row says, and whether its audio is there."""
-    roots = (folder.absolute(), folder.resolve())
     gender_of: dict[str, tuple[str, str]] = {}
     for row in rows:
         cells = row.cells
@@ -80,13 +113,7 @@ def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[Found[tuple[Utte
         known, place = gender_of.setdefault(cells["speaker"], (gender, row.place))
         if known != gender:
             raise UserError(f"{row.place}: speaker {cells['speaker']} is {gender} here and {known} at {place}.")
-        path = PurePath(cells["path"])
-        may_escape = path.is_absolute() or ".." in path.parts
-        if may_escape and not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
-            raise UserError(
-                f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
-                "a link to the audio's folder beside the manifest."
-            )
+        path = _inside(row, folder)
         kind = _kind(folder / path)
         if kind == "other":
             raise UserError(f"{row.place}: {path} is not a regular file; expected audio.")
@@ -111,31 +138,31 @@ def _kind(path: Path) -> Literal["file", "absent", "other"]:
     return "file" if stat.S_ISREG(mode) else "other"
 
 
-def _csv_rows(manifest: Path) -> Iterator[_Row]:
+def _csv_rows(manifest: Path, required: Sequence[str]) -> Iterator[_Row]:
     reader = csv.reader(io.StringIO(read_text(manifest), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        _require_columns(header, manifest)
+        _require_columns(header, manifest, required)
         for cells in reader:
             place = f"{manifest}:{reader.line_num}"
             if not cells:  # a blank line
                 continue
             if len(cells) != len(header):
                 raise UserError(f"{place}: {len(cells)} columns, but the header has {len(header)}.")
-            yield _Row(place, _wanted(dict(zip(header, cells, strict=True))))
+            yield _Row(place, _wanted(dict(zip(header, cells, strict=True)), required))
     except csv.Error as error:
         raise UserError(f"{manifest}:{reader.line_num}: not well-formed CSV ({error}).") from None
 
 
-def _parquet_rows(manifest: Path) -> Iterator[_Row]:
+def _parquet_rows(manifest: Path, required: Sequence[str]) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(manifest, page_checksum_verification=True)
         schema = file.schema_arrow
-        _require_columns(schema.names, manifest)
-        wanted = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
+        _require_columns(schema.names, manifest, required)
+        wanted = [name for name in (*required, *OPTIONAL) if name in schema.names]
         for name in wanted:
             _require_text(schema.field(name).type, f"{manifest}: column {name}")
         table = file.read(columns=wanted).replace_schema_metadata()
@@ -144,7 +171,7 @@ def _parquet_rows(manifest: Path) -> Iterator[_Row]:
         raise UserError(f"{manifest} is not a readable Parquet file ({error}).") from None
     rows = (cells for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE) for cells in batch.to_pylist())
     for number, cells in enumerate(rows, start=1):
-        yield _Row(f"{manifest}, row {number}", _wanted(cells))
+        yield _Row(f"{manifest}, row {number}", _wanted(cells, required))
 
 
 def _require_text(kind: pa.DataType, place: str) -> None:
@@ -158,17 +185,17 @@ def _require_text(kind: pa.DataType, place: str) -> None:
         raise UserError(f"{place} is of type {kind}; expected text.")
 
 
-def _wanted(cells: dict[str, Any]) -> dict[str, str]:
+def _wanted(cells: dict[str, Any], required: Sequence[str]) -> dict[str, str]:
     """The columns of a manifest as stripped text, nulls empty; other columns are the user's own."""
-    known = {name: cells[name] for name in (*REQUIRED, *OPTIONAL) if name in cells}
+    known = {name: cells[name] for name in (*required, *OPTIONAL) if name in cells}
     return {name: "" if value is None else str(value).strip() for name, value in known.items()}
 
 
-def _require_columns(found: Sequence[str], manifest: Path) -> None:
-    missing = [name for name in REQUIRED if name not in found]
+def _require_columns(found: Sequence[str], manifest: Path, required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in found]
     if missing:
         raise UserError(
-            f"{manifest}: column {', '.join(missing)} is missing; expected {', '.join(REQUIRED)}, and optionally "
+            f"{manifest}: column {', '.join(missing)} is missing; expected {', '.join(required)}, and optionally "
             f"{', '.join(OPTIONAL)}; found {', '.join(found) or 'none'}."
         )
     twice = sorted({name for name in found if list(found).count(name) > 1})

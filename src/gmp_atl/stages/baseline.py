@@ -6,18 +6,15 @@ No part of the paper; it shows what one fold of a corpus gives without any pre-t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from gmp_atl.classical import support_vector_machine
 from gmp_atl.config import BaselineSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split, held_out_split, training_split
 from gmp_atl.formats import FUNCTIONALS, PREDICTIONS, UTTERANCES, Output
-
-if TYPE_CHECKING:
-    from sklearn.pipeline import Pipeline
 
 
 def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold: int, output: Output) -> None:
@@ -42,7 +39,7 @@ def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold
     table, header = FUNCTIONALS.read(functionals)
     values = dict(zip(table["id"].to_pylist(), table["values"].to_pylist(), strict=True))
 
-    machine = _machine()
+    machine = support_vector_machine()
     training.refuse_leaks(training.ids, utterances)
     machine.fit(_features(values, training, functionals), training.column("emotion"))
     scores = _scores(machine.decision_function(_features(values, test, functionals)), machine.classes_, config.classes)
@@ -70,20 +67,6 @@ def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold
         encoder=header["features"],
         selection="last",
         fit_on="training",
-    )
-
-
-def _machine() -> Pipeline:
-    from sklearn.impute import SimpleImputer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-
-    # Without break_ties, the names of the classes would decide between classes with equally many votes.
-    return make_pipeline(
-        SimpleImputer(strategy="median", keep_empty_features=True),
-        StandardScaler(),
-        SVC(C=1.0, kernel="rbf", class_weight="balanced", break_ties=True),
     )
 
 

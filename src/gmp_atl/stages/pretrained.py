@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 from pathlib import Path
@@ -36,7 +35,9 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
     else:
         encoder = _from_folder(_download(settings), settings)
         description = f"{settings.name}@{str(settings.revision)[:8]}"
-    identity = f"{description}, sha256 {_digest(encoder)[:12]}" + ", normalised audio" * settings.normalise_audio
+    identity = (
+        f"{description}, sha256 {encoders.digest(encoder)[:12]}" + ", normalised audio" * settings.normalise_audio
+    )
     encoders.save(encoder, output, encoder=identity, fitted_on=[])
     log.info("pre-trained encoder: %s", identity)
 
@@ -91,11 +92,3 @@ def _check_digest(path: Path, expected: str) -> None:
     found = sha256(path)
     if found != expected:
         raise UserError(f"{path} has sha256 {found}, but encoder.sha256 pins {expected}; fetch the file again.")
-
-
-def _digest(encoder: Encoder) -> str:
-    """Of all weights, independent of the file that they came in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()

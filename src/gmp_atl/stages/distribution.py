@@ -1,0 +1,91 @@
+"""A pre-trained encoder as it is handed on: half precision, with a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gmp_atl import __version__
+from gmp_atl import encoder as encoders
+from gmp_atl.config import IterationConfig, PretrainingSlice
+from gmp_atl.formats import HISTORY, UTTERANCES, Output, write_text
+
+_CARD = """\
+---
+library_name: transformers
+license: other
+tags:
+- hubert
+- gmp-atl
+---
+
+# A small HuBERT
+
+{encoder}: {parameters:.1f} million parameters, frames of 20 ms. `HubertModel.from_pretrained` of transformers loads it
+from this folder; its layers were pre-trained by gmp-atl {version} (`snakemake pretrain`) by masked prediction of
+clusters, without any label. It is made for trying gmp-atl out without a download: for research, take a larger one.
+
+## Speech
+
+{minutes:.0f} minutes, {clips} clips, counting each speed of {speeds}. It stems from:
+
+{attribution}
+
+## Training
+
+| Iteration | Clusters of | Centroids | Updates | Loss | Masked accuracy |
+|---:|---|---|---:|---:|---|
+{iterations}
+
+Loss and accuracy are means over the last tenth of the updates, on the speech that was trained on.
+"""
+
+
+def distribution(
+    *,
+    config: PretrainingSlice,
+    utterances: Path,
+    encoder: Path,
+    histories: list[Path],
+    output: Output,
+) -> None:
+    """Write `config.json`, `model.safetensors` in float16, and `README.md`.
+
+    Args:
+        utterances: Of the speech.
+        histories: Of each iteration.
+    """
+    model, origin = encoders.load_fitted(encoder)
+    encoders.save(model.half(), output, encoder=origin["encoder"], fitted_on=[])
+    samples = UTTERANCES.read(utterances)[0]["n_samples"].to_pylist()
+    settings = config.pretraining
+    iterations = [
+        _iteration(number, iteration, history)
+        for number, (iteration, history) in enumerate(zip(settings.iterations, histories, strict=True), start=1)
+    ]
+    card = _CARD.format(
+        encoder=origin["encoder"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        version=__version__,
+        minutes=sum(samples) / 16_000 / 60,
+        clips=f"{len(samples):,}",
+        speeds=", ".join(f"{speed:g}" for speed in settings.speeds),
+        attribution="\n".join(f"- {source}" for source in settings.attribution),
+        iterations="\n".join(iterations),
+    )
+    write_text(output / "README.md", card)
+
+
+def _iteration(number: int, iteration: IterationConfig, history: Path) -> str:
+    clustered = f"layer {iteration.layer}" if iteration.layer else "MFCCs"
+    accuracies = [f"{_last(history, f'masked_accuracy_{size}'):.1%} of {size}" for size in iteration.sizes]
+    sizes = ", ".join(map(str, iteration.sizes))
+    loss = _last(history, "loss")
+    return f"| {number} | {clustered} | {sizes} | {iteration.updates:,} | {loss:.2f} | {', '.join(accuracies)} |"
+
+
+def _last(history: Path, quantity: str) -> float:
+    """Mean over the last tenth of the updates."""
+    rows = HISTORY.read(history)[0].to_pylist()
+    values = [row["value"] for row in rows if row["quantity"] == quantity]
+    kept = values[-max(1, len(values) // 10) :]
+    return sum(kept) / len(kept)

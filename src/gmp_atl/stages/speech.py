@@ -1,0 +1,82 @@
+"""Speech without labels, as an encoder is pre-trained on it: every clip of a manifest, at every speed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import soundfile
+
+from gmp_atl import audio
+from gmp_atl.corpora.manifest import unlabelled
+from gmp_atl.errors import NOTICE, UserError
+from gmp_atl.formats import EXCLUDED, UTTERANCES, AudioRoot, Output, write_bytes
+
+log = logging.getLogger(__name__)
+_THREADS = min(16, os.cpu_count() or 1)  # what takes long releases the interpreter's lock
+
+
+def speech(
+    *, manifest: AudioRoot, speeds: list[float], audio_root: Output, utterances: Output, excluded: Output
+) -> None:
+    """Write mono FLAC at 16 kHz below `audio_root`, its utterance table, and which clips were left out and why.
+
+    The labels of the table are empty. What is written has 16 bits: -98 dB, far below the noise of recordings.
+
+    Args:
+        manifest: CSV or Parquet file; its column `path` is read.
+        speeds: At which each clip is written; its pitch changes with its tempo.
+
+    Raises:
+        UserError: the manifest cannot be read, or none of its clips can be used.
+    """
+    paths = unlabelled(manifest)
+    rows: list[dict[str, str | int]] = []
+    reasons: dict[str, str] = {}
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        made = pool.map(lambda clip: _make(manifest.parent / paths[clip], clip, speeds, audio_root), paths)
+        for clip, found in zip(paths, made, strict=True):
+            if isinstance(found, str):
+                log.warning("%s: excluded: %s", clip, found)
+                reasons[clip] = found
+                continue
+            for id, (n_samples, sha256) in found.items():
+                digest.update(f"{id} {sha256}\n".encode())
+                empty = dict.fromkeys(("speaker", "gender", "session", "emotion", "text_type"), "")
+                rows.append({"id": id, "path": f"{id}.flac", **empty, "n_samples": n_samples})
+    if not rows:
+        raise UserError(f"{manifest} names no clip that can be used: {next(iter(reasons.values()), 'it has no rows')}.")
+    table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
+    UTTERANCES.write(utterances, table, corpus=manifest.stem, complete=True, audio=digest.hexdigest())
+    EXCLUDED.write(excluded, pa.table([list(reasons), list(reasons.values())], schema=EXCLUDED.schema))
+    seconds = sum(table["n_samples"].to_pylist()) / audio.SAMPLE_RATE
+    log.log(NOTICE, "%d clips, %.0f min; %d clips of the manifest excluded", len(rows), seconds / 60, len(reasons))
+
+
+def _make(path: Path, clip: str, speeds: list[float], audio_root: Path) -> dict[str, tuple[int, str]] | str:
+    """Write a clip at every speed; the samples and their digest by id, or what is the matter with the clip."""
+    try:
+        samples = audio.load(path)
+    except audio.AudioError as error:
+        return error.problem
+    found = {}
+    for speed in speeds:
+        changed, id = audio.at_speed(samples, speed), f"{speed:g}/{clip}"
+        if len(changed) < audio.MIN_SAMPLES:
+            return f"shorter than one HuBERT frame (25 ms) at speed {speed:g}"
+        write_bytes(audio_root / f"{id}.flac", _flac(changed))
+        found[id] = len(changed), hashlib.sha256(changed.data).hexdigest()
+    return found
+
+
+def _flac(samples: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, samples.clip(-1, 1), audio.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return stream.getvalue()
