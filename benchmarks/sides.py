@@ -44,22 +44,19 @@ class Comparison:
 class Measured:
     """One side."""
 
-    amount: float
-    """Of work, per repeat."""
-    seconds: list[float]
-    """Of each repeat."""
+    rates: list[float]
+    """Work per second of each repeat, which may be of different amounts."""
     mebibytes: float
     """Largest resident set of the process."""
 
     @property
     def rate(self) -> float:
         """Amount of work per second."""
-        return self.amount / statistics.median(self.seconds)
+        return statistics.median(self.rates)
 
     def times_as_fast(self, other: Measured) -> list[float]:
         """Ratios of the rates, turn by turn."""
-        here, there = self.amount / np.array(self.seconds), other.amount / np.array(other.seconds)
-        return sorted((here / there).tolist())
+        return sorted((np.array(self.rates) / np.array(other.rates)).tolist())
 
 
 def threads() -> int:
@@ -101,12 +98,12 @@ def main(
     print(run(script, "peak", "."), end="")
     with tempfile.TemporaryDirectory() as name:
         run(script, "prepare", name)
-        print(f"\n| Side | {unit} per second | slowest / fastest turn | Peak memory, MiB |\n|---|---:|---:|---:|")
+        print(f"\n| Side | {unit} per second | fastest / slowest turn | Peak memory, MiB |\n|---|---:|---:|---:|")
         found: dict[str, Measured] = {}
         for peer in dict.fromkeys(row.peer for row in comparisons):
             group = _take_turns(script, name, [peer, *(row.ours for row in comparisons if row.peer == peer)])
             for side, each in group.items():
-                spread = max(each.seconds) / min(each.seconds)
+                spread = max(each.rates) / min(each.rates)
                 print(f"| {side} | {each.rate:,.2f} | {spread:.2f} | {each.mebibytes:,.0f} |", flush=True)
             found |= group
         print("\n| Work | Ours, times as fast as the peer's way: median (turns) | Goal | Memory, ours / peer's |")
@@ -131,7 +128,7 @@ def _take_turns(script: str, folder: str, names: Sequence[str]) -> dict[str, Mea
     for name, process in processes.items():
         process.communicate()
         mine = [turn[name] for turn in turns]
-        found[name] = Measured(mine[0]["amount"], [each["seconds"] for each in mine], mine[-1]["mebibytes"])
+        found[name] = Measured([each["amount"] / each["seconds"] for each in mine], mine[-1]["mebibytes"])
     return found
 
 
