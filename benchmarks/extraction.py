@@ -10,11 +10,16 @@ clips, `layer_features` is set to those of every session (`clustering.fit_on: al
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sides
 import workload
+
+if TYPE_CHECKING:
+    from transformers import HubertModel
 
 SECONDS = 120.0
 """Of audio, about: fairseq's way takes two minutes for that on two cores."""
@@ -26,25 +31,28 @@ def prepare(folder: Path) -> None:
     workload.write_encoder(folder)
 
 
+def dump(model: HubertModel, layer: int, paths: Iterable[Path], output: Path) -> None:
+    """The peer's way for one layer; the model is left cut off behind it."""
+    import soundfile
+    import torch
+
+    model.encoder.layers = model.encoder.layers[: model.config.num_hidden_layers + 1 + layer]
+    with output.open("wb") as stream, torch.no_grad():
+        for path in paths:
+            samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+            model(samples[None].to(model.device)).last_hidden_state[0].cpu().numpy().tofile(stream)
+
+
 def fairseq(layers: list[int]) -> sides.Side:
     """The peer's way."""
 
     def side(folder: Path) -> sides.Work:
-        import soundfile
-        import torch
         from transformers import HubertModel
-
-        def dump(layer: int) -> None:
-            model = HubertModel.from_pretrained(folder / "transformers").train(mode=False)
-            model.encoder.layers = model.encoder.layers[: model.config.num_hidden_layers + 1 + layer]
-            with (folder / f"fairseq{layer}.f32").open("wb") as stream, torch.no_grad():
-                for path in sorted((folder / "audio").iterdir()):
-                    samples, _ = soundfile.read(path, dtype="float32")
-                    model(torch.from_numpy(samples)[None]).last_hidden_state[0].numpy().tofile(stream)
 
         def work() -> float:
             for layer in layers:
-                dump(layer)
+                model = HubertModel.from_pretrained(folder / "transformers").train(mode=False)
+                dump(model, layer, sorted((folder / "audio").iterdir()), folder / f"fairseq{layer}.f32")
             return workload.seconds(folder)
 
         return work

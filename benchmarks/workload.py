@@ -68,15 +68,15 @@ def write_corpus(folder: Path, total: float) -> None:
     UTTERANCES.write(folder / "utterances.parquet", table, corpus="noise", complete=True, audio="noise")
 
 
-def write_encoder(folder: Path) -> None:
-    """HuBERT base, weights as transformers draws them, in `folder/encoder`."""
+def write_encoder(folder: Path, **changes: Any) -> None:
+    """HuBERT base, with changes of its sizes; weights as transformers draws them, in `folder/encoder`."""
     import torch
     from transformers import HubertConfig, HubertModel
 
     from gmp_atl import encoder as encoders
 
     torch.manual_seed(0)
-    HubertModel(HubertConfig()).save_pretrained(folder / "transformers")
+    HubertModel(HubertConfig(**changes)).save_pretrained(folder / "transformers")
     encoder, _ = encoders.load(folder / "transformers")
     encoders.save(encoder, folder / "encoder", encoder="random", fitted_on=[])
 
