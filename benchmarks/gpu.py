@@ -1,0 +1,568 @@
+"""The workflow on one GPU, and from that the time of the paper's run.
+
+    python benchmarks/gpu.py          # about two minutes on an H100
+    python benchmarks/gpu.py --toy    # the same code on the CPU, with next to nothing to do, to try it
+
+Measured with HuBERT base (random weights) and noise in clips as long as IEMOCAP's, as much as one of its sessions:
+
+- matrix products alone, the limit of all that follows;
+- audio seconds per second, model FLOP utilisation and peak GPU memory of extraction, retraining, fine-tuning and
+  evaluation, beside the peer's way (benchmarks/extraction.py, benchmarks/training.py) on the same GPU;
+- where the time of a retraining update goes;
+- k-means with FAISS on the GPU and on the CPU, and with plain Lloyd in torch on the GPU.
+
+Utilisation is by the operations of docs/speed.md, those that a way itself needs, over the bfloat16 products measured
+here; operations of padding do not count. A stage runs on few clips and on many: what it takes for more clips is its
+rate, the remainder its start. A row is printed as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import extraction
+import numpy as np
+import sides
+import training
+import workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured, and where."""
+
+    device: str
+    matrix: int
+    """Rows and columns of the matrices that are multiplied alone."""
+    seconds: float
+    """Of audio."""
+    few_seconds: float
+    """Of audio, for what is slow, and to tell a stage's start from its rate."""
+    clips: int
+    """Per update."""
+    peer_clips: int
+    """Per update of the peer's retraining, whose repeated codewords take most of the memory."""
+    turns: int
+    """Their median counts."""
+    frames: int
+    """Of k-means."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Of the encoder, where not those of HuBERT base."""
+
+    @property
+    def updates(self) -> int:
+        """Of an epoch: timed at once."""
+        return math.ceil(len(workload.clip_seconds(self.seconds)) / self.clips)
+
+
+SESSION = 25_160 / 5
+"""Seconds of audio in one of IEMOCAP's five sessions; a fold is trained on four."""
+FULL = Plan("cuda", 8192, SESSION, 240.0, 64, 4, 3, 1_000_000)
+TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 50_000, {"conv_dim": (64,) * 7, "intermediate_size": 64})
+CONVOLUTIONS, TRANSFORMER, UPDATE = 4.9, 9.0, 27.0
+"""GFLOP per second of audio, docs/speed.md."""
+PEER_EXTRACTION = sum(CONVOLUTIONS + TRANSFORMER * (13 + layer) / 12 for layer in workload.LAYERS)
+PASSES = 21
+"""Over the frames in a fit: 20 iterations, and the labels."""
+PART = 10
+"""k-means is given the same frames so many times, or timed on so small a part of them."""
+RUNS = 15
+"""Folds times seeds of the paper's experiment."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a way of the work reaches."""
+
+    amount: float
+    """Seconds of audio, in one turn."""
+    rate: float
+    """Of these per second."""
+    gibibytes: float = 0.0
+    """Largest amount of GPU memory in use."""
+    start: float = 0.0
+    """Seconds that a stage takes whatever the amount."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one turn."""
+        return self.amount / self.rate
+
+
+def clock(plan: Plan) -> float:
+    """Seconds, once the GPU has done what it was given."""
+    import torch
+
+    if plan.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def memory(plan: Plan) -> Iterator[Callable[[], float]]:
+    """Gives a function that tells the GiB of GPU memory that were in use at most since here."""
+    import torch
+
+    gc.collect()
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield lambda: torch.cuda.max_memory_allocated() / 2**30 if plan.device == "cuda" else 0.0
+
+
+def measure(plan: Plan, work: sides.Work) -> Measured:
+    """Do the work once to warm up, and then in turns."""
+    work()
+    rates, amount = [], 0.0
+    with memory(plan) as peak:
+        for _ in range(plan.turns):
+            start = clock(plan)
+            amount = work()
+            rates.append(amount / (clock(plan) - start))
+        return Measured(amount, statistics.median(rates), peak())
+
+
+def measure_stage(plan: Plan, run: Callable[[Path], None], few: Path, many: Path) -> Measured:
+    """Run a stage on few clips and on many, in turns."""
+    run(few)
+    seconds: dict[Path, list[float]] = {few: [], many: []}
+    with memory(plan) as peak:
+        for folder in plan.turns * [few, many]:
+            start = clock(plan)
+            run(folder)
+            seconds[folder].append(clock(plan) - start)
+        of_few, of_many = map(statistics.median, seconds.values())
+        amount, more = workload.seconds(few), workload.seconds(many)
+        rate = (more - amount) / (of_many - of_few)
+        return Measured(more, rate, peak(), max(0.0, of_few - amount / rate))
+
+
+# Tables.
+
+
+def table(*header: str) -> None:
+    """Begin one."""
+    print()
+    row(*header)
+    row("---", *["---:"] * (len(header) - 1))
+
+
+def row(*cells: str) -> None:
+    """Print it at once."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+class Rates:
+    """The main table, and what it found."""
+
+    def __init__(self, peak: float) -> None:
+        """Args: FLOP per second of matrix products in bfloat16."""
+        self.peak = peak
+        table("Work", "Audio s/s", "Utilisation, %", "Peak GPU memory, GiB")
+
+    def add(self, name: str, gflop: float, found: Measured) -> Measured:
+        """Print a row; `gflop` per second of audio."""
+        share = 100 * gflop * 1e9 * found.rate / self.peak
+        row(name, f"{found.rate:,.0f}", f"{share:.1f}", f"{found.gibibytes:.1f}")
+        return found
+
+    def attempt(self, name: str, gflop: float, find: Callable[[], Measured]) -> None:
+        """As `add`, for a peer that may need more memory than there is."""
+        import torch
+
+        try:
+            self.add(name, gflop, find())
+        except torch.OutOfMemoryError:
+            row(name, "out of memory", "", "")
+
+
+# What is measured.
+
+
+def products(plan: Plan) -> float:
+    """Print the rates of matrix products, and what may be rounded to TF32; returns FLOP per second in bfloat16."""
+    import torch
+
+    def rate(dtype: torch.dtype) -> float:
+        left, right = torch.randn(2, plan.matrix, plan.matrix, device=plan.device).to(dtype)
+        seconds = []
+        for _ in range(30):
+            start = clock(plan)
+            torch.mm(left, right)
+            seconds.append(clock(plan) - start)
+        return 2 * plan.matrix**3 / statistics.median(seconds[10:])
+
+    as_set = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    print(f"\nallowed in TF32: matrix products {as_set[0]}, convolutions and LSTMs {as_set[1]}")
+    table(f"Matrix products, {plan.matrix} x {plan.matrix}", "TFLOP/s")
+    peak = rate(torch.bfloat16)
+    row("bfloat16", f"{peak / 1e12:,.1f}")
+    row("float32", f"{rate(torch.float32) / 1e12:,.1f}")
+    with tf32(allowed=True):
+        row("TF32", f"{rate(torch.float32) / 1e12:,.1f}")
+    return peak
+
+
+@contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Matrix products of float32 in TF32, or not."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Measured]:
+    """Local features and hidden states; returns the measures of the two stages."""
+    from gmp_atl.stages.layer_features import layer_features
+    from gmp_atl.stages.local_features import local_features
+
+    gpus = int(plan.device == "cuda")
+
+    def convolve(folder: Path) -> None:
+        local_features(
+            config=workload.setting("local_features"),
+            utterances=folder / "utterances.parquet",
+            audio_root=folder / "audio",
+            encoder=folder / "encoder",
+            output=folder / "local_features.parquet",
+            gpus=gpus,
+        )
+
+    def transform(folder: Path) -> None:
+        layer_features(
+            config=workload.setting("layer_features", fit_on="all"),
+            utterances=folder / "utterances.parquet",
+            local_features=folder / "local_features.parquet",
+            encoder=folder / "encoder",
+            fold=1,
+            layers=workload.LAYERS,
+            outputs=[folder / f"layer{layer}.parquet" for layer in workload.LAYERS],
+            gpus=gpus,
+        )
+
+    convolved = measure_stage(plan, convolve, few, many)
+    rates.add("local_features: WAV files to Parquet", CONVOLUTIONS, convolved)
+    rates.add("convolutions alone, of samples in memory", CONVOLUTIONS, measure(plan, convolutions(plan, few)))
+    transformed = measure_stage(plan, transform, few, many)
+    rates.add("layer_features: eight layers to Parquet", TRANSFORMER, transformed)
+    rates.add("transformer alone, eight layers", TRANSFORMER, measure(plan, passes(plan, many)))
+    both = 1 / (1 / convolved.rate + 1 / transformed.rate)
+    memory = max(convolved.gibibytes, transformed.gibibytes)
+    rates.add("extraction: both stages", CONVOLUTIONS + TRANSFORMER, Measured(0.0, both, memory))
+    once = replace(plan, turns=1)
+    rates.attempt("extraction, peer", PEER_EXTRACTION, lambda: measure(once, peer_extraction(plan, few)))
+    return convolved, transformed
+
+
+def convolutions(plan: Plan, folder: Path) -> sides.Work:
+    """Without reading and writing."""
+    import soundfile
+    import torch
+
+    from gmp_atl import clips, devices
+    from gmp_atl import encoder as encoders
+
+    device = torch.device(plan.device)
+    waves = [(path, soundfile.read(path, dtype="float32")[0]) for path in sorted((folder / "audio").iterdir())]
+    model = encoders.load(folder / "encoder")[0].to(device).eval()
+    model.cast(devices.dtype("auto", device))
+
+    def work() -> float:
+        for path, wave in waves:
+            clips.local_features(model, wave, path, normalise=False)
+        return sum(len(wave) for _, wave in waves) / 16_000
+
+    return work
+
+
+def passes(plan: Plan, folder: Path) -> sides.Work:
+    """Eight layers, left on the device."""
+    import torch
+
+    from gmp_atl import clips, devices
+    from gmp_atl import encoder as encoders
+
+    device, budget = torch.device(plan.device), workload.setting("layer_features").compute.batch_seconds
+    corpus = training.clips(folder)
+    model = encoders.load(folder / "encoder")[0].to(device).eval()
+    model.cast(devices.dtype("auto", device))
+
+    @torch.inference_mode()
+    def work() -> float:
+        for batch in clips.passes(corpus, budget, device):
+            model.hidden_states(batch.local, batch.lengths, workload.LAYERS)
+        return float(corpus.lengths.sum()) * clips.FRAME_SECONDS
+
+    return work
+
+
+def peer_extraction(plan: Plan, folder: Path) -> sides.Work:
+    """As in benchmarks/extraction.py, but with the model loaded once: on so few clips that would be most of it."""
+    from transformers import HubertModel
+
+    loaded: Any = HubertModel.from_pretrained(folder / "transformers").train(mode=False)
+    loaded.to(plan.device)
+    paths = sorted((folder / "audio").iterdir())
+
+    def work() -> float:
+        model = copy.deepcopy(loaded)
+        for layer in sorted(workload.LAYERS, reverse=True):
+            extraction.dump(model, layer, paths, folder / "peer.f32")
+        return workload.seconds(folder)
+
+    return work
+
+
+def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Measured, Measured]:
+    """Retraining, fine-tuning, evaluation; returns the measures of ours."""
+    amount = training.Amount(plan.clips, plan.updates, plan.device)
+    less = replace(amount, clips=plan.peer_clips)
+
+    def add(name: str, gflop: float, side: sides.Side, folder: Path) -> Measured:
+        return rates.add(name, gflop, measure(plan, side(folder)))
+
+    def attempt(name: str, gflop: float, side: sides.Side, folder: Path) -> None:
+        rates.attempt(name, gflop, lambda: measure(plan, side(folder)))
+
+    of_clips = f"{plan.clips} clips an update"
+    retrained = add(f"retraining, {of_clips}", UPDATE, training.retraining("auto", amount), many)
+    of_less = f"{less.clips} clips an update"
+    add(f"retraining, {of_less}", UPDATE, training.retraining("auto", less), many)
+    attempt(f"retraining, {of_less}, peer", CONVOLUTIONS + UPDATE, training.peer_retraining(less), many)
+    finetuned = add(f"fine-tuning, {of_clips}", UPDATE, training.finetuning("auto", amount), many)
+    attempt(f"fine-tuning, {of_clips}, peer", CONVOLUTIONS + UPDATE, training.peer_finetuning(amount), many)
+    evaluated = add("evaluation of a session", TRANSFORMER, training.evaluation("auto", plan.device), many)
+    attempt("evaluation, peer", CONVOLUTIONS + TRANSFORMER, training.peer_evaluation(plan.device), few)
+    return retrained, finetuned, evaluated
+
+
+def breakdown(plan: Plan, folder: Path) -> None:
+    """Print where an update of retraining spends its time, the GPU being waited for before and after each part."""
+    import torch
+
+    import gmp_atl.masking
+    import gmp_atl.stages.retraining
+    import gmp_atl.training
+
+    parts = [
+        ("crops", gmp_atl.training, "random_crops"),
+        ("padding and copying local features", gmp_atl.training, "collate"),
+        ("masks", gmp_atl.masking, "span_mask"),
+        ("pseudo-labels of the masked frames", gmp_atl.stages.retraining, "_targets"),
+        ("forward", gmp_atl.stages.retraining.MaskedPredictor, "forward"),
+        ("backward", torch.Tensor, "backward"),
+        ("clipping", torch.nn.utils, "clip_grad_norm_"),
+        ("history", gmp_atl.training.Trainer, "_record"),
+        ("Adam", gmp_atl.training.Trainer, "_step"),
+    ]
+    spent: defaultdict[str, float] = defaultdict(float)
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*positional: Any, **named: Any) -> Any:
+            start = clock(plan)
+            result = function(*positional, **named)
+            spent[part] += clock(plan) - start
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for part, owner, name in parts:
+            stack.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+        work = training.retraining("auto", training.Amount(plan.clips, plan.updates, plan.device))(folder)
+        work()
+        spent.clear()
+        start = clock(plan)
+        work()
+        total = clock(plan) - start
+    spent["losses, accuracies and the rest"] = total - sum(spent.values())
+    table("Part of a retraining update", "ms", "%")
+    for part, seconds in spent.items():
+        row(part, f"{1000 * seconds / plan.updates:.1f}", f"{100 * seconds / total:.0f}")
+
+
+# k-means.
+
+
+def frames(count: int) -> np.ndarray:
+    """To fit on, (count, 768)."""
+    return workload.clustered(count, np.random.default_rng(1))
+
+
+def faiss_passes(count: int, size: int) -> None:
+    """Print, as JSON, the seconds of starting centroids and of a pass over `count` frames; imports no torch."""
+    import faiss
+
+    from gmp_atl import kmeans
+
+    some = frames(count // PART)
+    began = time.perf_counter()
+    initial = kmeans.initial_centroids([some], len(some), size, np.random.default_rng(0))
+    found = {"start": time.perf_counter() - began}
+
+    def per_pass(source: list[np.ndarray], gpus: int) -> float:
+        times = []
+        for iterations in (0, 1, 3):  # the first to warm up
+            start = time.perf_counter()
+            kmeans.lloyd(source, initial, iterations, gpus)
+            times.append(time.perf_counter() - start)
+        return (times[2] - times[1]) / 2
+
+    found["FAISS, CPU"] = PART * per_pass([some], 0)
+    if faiss.get_num_gpus():
+        found["FAISS, GPU"] = per_pass([some] * PART, 1)
+    print(json.dumps(found))
+
+
+def lloyd(points: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """Plain Lloyd: the frames stay on the device, and every iteration adds all of them up."""
+    import torch
+
+    for _ in range(iterations):
+        sums, counts = torch.zeros_like(centroids), torch.zeros_like(centroids[:, 0])
+        norms = centroids.square().sum(dim=1)
+        for block in points.split(32_768):  # type: ignore[no-untyped-call]
+            labels = torch.addmm(norms, block, centroids.T, alpha=-2).argmin(dim=1)
+            sums.index_add_(0, labels, block)
+            counts.index_add_(0, labels, torch.ones_like(block[:, 0]))
+        centroids = sums / counts.clamp(min=1)[:, None]
+    return centroids
+
+
+def cluster(plan: Plan) -> tuple[str, float]:
+    """Print the table of k-means; returns the way that the workflow would take, and its seconds for three codebooks."""
+    import torch
+
+    table("k-means, centroids and way", "s per pass", f"s per fit ({PASSES} passes)", "Peak GPU memory, GiB")
+    points = torch.from_numpy(frames(plan.frames // PART)).to(plan.device).repeat(PART, 1)
+    totals: defaultdict[str, float] = defaultdict(float)
+
+    def add(size: int, way: str, seconds: float, start: float, gibibytes: str) -> None:
+        totals[way] += start + PASSES * seconds
+        row(f"{size}, {way}", f"{seconds:.3f}", f"{start + PASSES * seconds:.1f}", gibibytes)
+
+    for size in training.SIZES:
+        start = 0.0
+        if importlib.util.find_spec("faiss"):
+            found = json.loads(sides.run(__file__, "faiss", f"{plan.frames},{size}"))
+            start = found.pop("start")
+            for way, seconds in found.items():
+                add(size, way, seconds, start, "")
+        for way, allowed in (("torch, float32", False), ("torch, TF32", True)):
+            with tf32(allowed=allowed), memory(plan) as peak:
+                lloyd(points, points[:size], 1)
+                began = clock(plan)
+                lloyd(points, points[:size], 2)
+                add(size, way, (clock(plan) - began) / 2, start, f"{peak():.1f}")
+    print(
+        f"\n{plan.frames:,} frames, a tenth of them different. FAISS on the CPU, {sides.threads()} threads: a tenth, "
+        "times ten. Passes are extrapolated from two; a fit includes k-means++ on the CPU, where FAISS is installed."
+    )
+    way = next(way for way in ("FAISS, GPU", "FAISS, CPU", "torch, float32") if way in totals)
+    for absent in {"FAISS, GPU", "FAISS, CPU"} - totals.keys():
+        print(f"Not measured: {absent}, " + ("which is not installed." if way.startswith("torch") else "sees no GPU."))
+    return way, totals[way]
+
+
+def job_start(plan: Plan) -> float:
+    """Seconds until a new process of a stage has the device."""
+    code = f"import torch, gmp_atl.stages.retraining; torch.zeros(1, device={plan.device!r})"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - began
+
+
+def predict(
+    plan: Plan,
+    extracted: tuple[Measured, Measured],
+    trained: tuple[Measured, Measured, Measured],
+    clustered: tuple[str, float],
+) -> None:
+    """Print the hours of the paper's experiment, config.yaml, on one such GPU, one job after the other."""
+    convolved, transformed = extracted
+    retrained, finetuned, evaluated = trained
+    way, codebooks = clustered
+    session = SESSION / plan.seconds  # a turn of training is an epoch over `plan.seconds` of audio
+    epochs = 15 * 4 * session * finetuned.seconds
+    stages = [
+        ("local_features", 1, 5 * SESSION / convolved.rate + convolved.start),
+        ("multitask, as fine-tuning: 15 epochs", RUNS, epochs),
+        ("layer_features", RUNS, 4 * SESSION / transformed.rate + transformed.start),
+        (f"clustering, three codebooks: {way}", 8 * RUNS, codebooks),
+        ("retraining, 20,000 updates", 8 * RUNS, 20_000 * retrained.seconds / plan.updates),
+        ("finetuning, 15 epochs", 11 * RUNS, epochs),
+        ("evaluation", 11 * RUNS, SESSION / evaluated.rate),
+        ("starts of Python", 867, job_start(plan)),
+    ]
+    table("Predicted for Tables 2 to 4 on one such GPU", "Times", "Seconds each", "Hours")
+    for name, times, seconds in stages:
+        row(name, str(times), f"{seconds:,.1f}", f"{times * seconds / 3600:.2f}")
+    total = sum(times * seconds for _, times, seconds in stages) / 3600
+    row("all, one after the other", "", "", f"{total:.1f}")
+    print("\nNot counted: checkpoints, loading weights in training and evaluation, reading layer features for k-means.")
+
+
+def prepare(folder: Path, plan: Plan) -> tuple[Path, Path]:
+    """Few clips and many, each with the encoder."""
+    few, many = folder / "few", folder / "many"
+    workload.write_corpus(few, plan.few_seconds)
+    workload.write_corpus(many, plan.seconds)
+    workload.write_encoder(many, **plan.sizes)
+    for name in ("encoder", "transformers"):
+        (few / name).symlink_to(many / name)
+    return few, many
+
+
+def main(plan: Plan) -> None:
+    """Print all tables."""
+    import torch
+
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "torch finds no CUDA device here. On one this measures extraction, retraining, fine-tuning, evaluation and "
+            "k-means at the size of HuBERT base (speed, utilisation, peak memory), and predicts the paper's run."
+        )
+        return
+    name = torch.cuda.get_device_name() if plan.device == "cuda" else "CPU, a toy run: the figures mean nothing"
+    print(f"{name}; torch {torch.__version__}; {sides.machine()}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = prepare(Path(folder), plan)
+        rates = Rates(products(plan))
+        extracted = extract(plan, rates, few, many)
+        trained = train(plan, rates, few, many)
+        breakdown(plan, many)
+    predict(plan, extracted, trained, cluster(plan))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["side"]:  # FAISS, in a process without torch
+        faiss_passes(*map(int, sys.argv[3].split(",")))
+    else:
+        parser = argparse.ArgumentParser(description="The workflow on one GPU.")
+        parser.add_argument("--toy", action="store_true", help="try it on the CPU, with next to nothing to do")
+        main(TOY if parser.parse_args().toy else FULL)
