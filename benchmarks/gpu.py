@@ -8,7 +8,7 @@ Measured with HuBERT base (random weights) and noise in clips as long as IEMOCAP
 - matrix products alone, the limit of all that follows;
 - audio seconds per second, model FLOP utilisation and peak GPU memory of extraction, retraining, fine-tuning and
   evaluation, beside the peer's way (benchmarks/extraction.py, benchmarks/training.py) on the same GPU;
-- where the time of a retraining update goes;
+- where the time of a retraining update goes, and what its modules reach alone;
 - k-means with FAISS on the GPU and on the CPU, and with plain Lloyd in torch on the GPU.
 
 Utilisation is by the operations of docs/speed.md, those that a way itself needs, over the bfloat16 products measured
@@ -66,6 +66,8 @@ class Plan:
     """Their median counts."""
     frames: int
     """Of k-means."""
+    repeats: int
+    """Of a module alone."""
     sizes: dict[str, Any] = field(default_factory=dict)
     """Of the encoder, where not those of HuBERT base."""
 
@@ -77,10 +79,13 @@ class Plan:
 
 SESSION = 25_160 / 5
 """Seconds of audio in one of IEMOCAP's five sessions; a fold is trained on four."""
-FULL = Plan("cuda", 8192, SESSION, 240.0, 64, 4, 3, 1_000_000)
-TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 50_000, {"conv_dim": (64,) * 7, "intermediate_size": 64})
+TINY = {"conv_dim": (64,) * 7, "num_hidden_layers": 8, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
+FULL = Plan("cuda", 8192, SESSION, 240.0, 64, 4, 3, 1_000_000, 20)
+TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 50_000, 1, TINY)
 CONVOLUTIONS, TRANSFORMER, UPDATE = 4.9, 9.0, 27.0
 """GFLOP per second of audio, docs/speed.md."""
+POSITIONS = 2 * 50 * 768 * (768 / 16) * 128 / 1e9
+"""Of the transformer's, those of the position embedding."""
 PEER_EXTRACTION = sum(CONVOLUTIONS + TRANSFORMER * (13 + layer) / 12 for layer in workload.LAYERS)
 PASSES = 21
 """Over the frames in a fit: 20 iterations, and the labels."""
@@ -272,8 +277,8 @@ def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, 
     rates.add("layer_features: eight layers to Parquet", TRANSFORMER, transformed)
     rates.add("transformer alone, eight layers", TRANSFORMER, measure(plan, passes(plan, many)))
     both = 1 / (1 / convolved.rate + 1 / transformed.rate)
-    memory = max(convolved.gibibytes, transformed.gibibytes)
-    rates.add("extraction: both stages", CONVOLUTIONS + TRANSFORMER, Measured(0.0, both, memory))
+    gibibytes = max(convolved.gibibytes, transformed.gibibytes)
+    rates.add("extraction: both stages", CONVOLUTIONS + TRANSFORMER, Measured(0.0, both, gibibytes))
     once = replace(plan, turns=1)
     rates.attempt("extraction, peer", PEER_EXTRACTION, lambda: measure(once, peer_extraction(plan, few)))
     return convolved, transformed
@@ -359,6 +364,40 @@ def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Me
     evaluated = add("evaluation of a session", TRANSFORMER, training.evaluation("auto", plan.device), many)
     attempt("evaluation, peer", CONVOLUTIONS + TRANSFORMER, training.peer_evaluation(plan.device), few)
     return retrained, finetuned, evaluated
+
+
+def modules(plan: Plan, rates: Rates, folder: Path) -> None:
+    """The two kinds of module that an update consists of, alone: forward and backward, without waiting for the host."""
+    import torch
+
+    from gmp_atl import devices
+    from gmp_atl import encoder as encoders
+    from gmp_atl.encoder import Regularisation
+
+    device, regularisation = torch.device(plan.device), Regularisation(0.1, 0.1)
+    transformer = encoders.load(folder / "encoder")[0].to(device).train().encoder
+    positions, layer = transformer.pos_conv_embed, transformer.layers[0]
+    length = round(50 * workload.MEAN_SECONDS)
+    hidden = torch.randn(plan.clips, length, workload.DIMENSIONS, device=device, requires_grad=True)
+    attend = torch.ones(plan.clips, 1, 1, length, dtype=torch.bool, device=device)
+    attend[..., -3:] = False  # training batches are padded by 3 %
+
+    def work(call: Callable[[], Tensor]) -> sides.Work:
+        def repeat() -> float:
+            for _ in range(plan.repeats):
+                with devices.autocast(device, devices.dtype("auto", device)):
+                    out = call()
+                out.sum().backward()  # type: ignore[no-untyped-call]
+            return plan.repeats * plan.clips * length / 50
+
+        return repeat
+
+    rates.add("position embedding alone, in training", 3 * POSITIONS, measure(plan, work(lambda: positions(hidden))))
+    rates.add(
+        "one layer alone, in training",
+        3 * (TRANSFORMER - POSITIONS) / 12,
+        measure(plan, work(lambda: layer(hidden, attend, None, regularisation))),
+    )
 
 
 def breakdown(plan: Plan, folder: Path) -> None:
@@ -555,6 +594,7 @@ def main(plan: Plan) -> None:
         rates = Rates(products(plan))
         extracted = extract(plan, rates, few, many)
         trained = train(plan, rates, few, many)
+        modules(plan, rates, many)
         breakdown(plan, many)
     predict(plan, extracted, trained, cluster(plan))
 
