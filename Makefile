@@ -114,7 +114,7 @@ test-conda: opensmile .venv/.conda  ## test the rules' Conda environments; 13 GB
 	@touch $@
 
 bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour
-	@for work in extraction kmeans_fit labels training; do echo "## $$work"; python benchmarks/$$work.py; done
+	@for work in extraction kmeans_fit labels training gpu; do echo "## $$work"; python benchmarks/$$work.py; done
 
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .
