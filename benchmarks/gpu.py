@@ -82,7 +82,7 @@ class Plan:
 SESSION = 25_160 / 5
 """Seconds of audio in one of IEMOCAP's five sessions; a fold is trained on four."""
 TINY = {"conv_dim": (64,) * 7, "num_hidden_layers": 8, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
-FULL = Plan("cuda", 8192, SESSION, 240.0, 64, 4, 3, 1_000_000, training.SIZES, 20)
+FULL = Plan("cuda", 8192, SESSION, 120.0, 64, 4, 3, 1_000_000, training.SIZES, 20)
 TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 10_000, (64, 512), 1, TINY)
 CONVOLUTIONS, TRANSFORMER, UPDATE = 4.9, 9.0, 27.0
 """GFLOP per second of audio, docs/speed.md."""
@@ -248,7 +248,7 @@ def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, 
     from gmp_atl.stages.layer_features import layer_features
     from gmp_atl.stages.local_features import local_features
 
-    gpus = int(plan.device == "cuda")
+    gpus, once, twice = int(plan.device == "cuda"), replace(plan, turns=1), replace(plan, turns=2)
 
     def convolve(folder: Path) -> None:
         local_features(
@@ -272,16 +272,15 @@ def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, 
             gpus=gpus,
         )
 
-    convolved = measure_stage(plan, convolve, few, many)
+    convolved = measure_stage(twice, convolve, few, many)
     rates.add("local_features: WAV files to Parquet", CONVOLUTIONS, convolved)
     rates.add("convolutions alone, of samples in memory", CONVOLUTIONS, measure(plan, convolutions(plan, few)))
-    transformed = measure_stage(plan, transform, few, many)
+    transformed = measure_stage(twice, transform, few, many)
     rates.add("layer_features: eight layers to Parquet", TRANSFORMER, transformed)
     rates.add("transformer alone, eight layers", TRANSFORMER, measure(plan, passes(plan, many)))
     both = 1 / (1 / convolved.rate + 1 / transformed.rate)
     gibibytes = max(convolved.gibibytes, transformed.gibibytes)
     rates.add("extraction: both stages", CONVOLUTIONS + TRANSFORMER, Measured(0.0, both, gibibytes))
-    once = replace(plan, turns=1)
     rates.attempt("extraction, peer", PEER_EXTRACTION, lambda: measure(once, peer_extraction(plan, few)))
     return convolved, transformed
 
@@ -349,6 +348,7 @@ def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Me
     """Retraining, fine-tuning, evaluation; returns the measures of ours."""
     amount = training.Amount(plan.clips, plan.updates, plan.device)
     less = replace(amount, clips=plan.peer_clips)
+    padded = replace(amount, updates=math.ceil(plan.updates / 4))  # of clips at random, as good as an epoch
 
     def add(name: str, gflop: float, side: sides.Side, folder: Path) -> Measured:
         return rates.add(name, gflop, measure(plan, side(folder)))
@@ -362,7 +362,7 @@ def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Me
     add(f"retraining, {of_less}", UPDATE, training.retraining("auto", less), many)
     attempt(f"retraining, {of_less}, peer", CONVOLUTIONS + UPDATE, training.peer_retraining(less), many)
     finetuned = add(f"fine-tuning, {of_clips}", UPDATE, training.finetuning("auto", amount), many)
-    attempt(f"fine-tuning, {of_clips}, peer", CONVOLUTIONS + UPDATE, training.peer_finetuning(amount), many)
+    attempt(f"fine-tuning, {of_clips}, peer", CONVOLUTIONS + UPDATE, training.peer_finetuning(padded), many)
     evaluated = add("evaluation of a session", TRANSFORMER, training.evaluation("auto", plan.device), many)
     attempt("evaluation, peer", CONVOLUTIONS + TRANSFORMER, training.peer_evaluation(plan.device), few)
     return retrained, finetuned, evaluated
