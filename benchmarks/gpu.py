@@ -406,19 +406,18 @@ def breakdown(plan: Plan, folder: Path) -> None:
     """Print where an update of retraining spends its time, the GPU being waited for before and after each part."""
     import torch
 
+    import gmp_atl.masked_prediction
     import gmp_atl.masking
-    import gmp_atl.stages.retraining
     import gmp_atl.training
 
     parts = [
         ("crops", gmp_atl.training, "random_crops"),
-        ("padding and copying local features", gmp_atl.training, "collate"),
+        ("gathering local features", gmp_atl.training, "collate"),
         ("masks", gmp_atl.masking, "span_mask"),
-        ("pseudo-labels of the masked frames", gmp_atl.stages.retraining, "_targets"),
-        ("forward", gmp_atl.stages.retraining.MaskedPredictor, "forward"),
+        ("forward", gmp_atl.masked_prediction.MaskedPredictor, "forward"),
         ("backward", torch.Tensor, "backward"),
         ("clipping", torch.nn.utils, "clip_grad_norm_"),
-        ("history", gmp_atl.training.Trainer, "_record"),
+        ("history", gmp_atl.training.Trainer, "_measure"),
         ("Adam", gmp_atl.training.Trainer, "_step"),
     ]
     spent: defaultdict[str, float] = defaultdict(float)

@@ -254,7 +254,9 @@ def retraining(precision: str, amount: Amount) -> sides.Side:
         settings = workload.setting("retraining").retraining
         encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
         model = MaskedPredictor(encoder, settings.projection, list(SIZES), settings.codebook_head)
-        labels = {size: torch.randint(size, (int(clips(folder).lengths.sum()),)) for size in SIZES}
+        labels = {
+            size: torch.randint(size, (int(clips(folder).lengths.sum()),), device=amount.device) for size in SIZES
+        }
 
         def objective(batch: Any, generator: torch.Generator) -> Any:
             mask = span_mask(batch.lengths, settings.mask.probability, settings.mask.length, generator)

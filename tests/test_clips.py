@@ -15,6 +15,7 @@ from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 
+CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
 
 
@@ -49,7 +50,7 @@ def test_epochs_differ_by_their_generator_alone():
 def padding_share(batches: list[list[int]], lengths: np.ndarray, budget: float) -> float:
     """Of the frames that go through the transformer in crops of at most 10 s."""
     crops = [Crop(index, 0, int(min(length, 500))) for index, length in enumerate(lengths)]
-    groups = [group for batch in batches for group in within_budget([crops[index] for index in batch], budget)]
+    groups = [group for batch in batches for group in within_budget([crops[index] for index in batch], budget, CPU)]
     padded = sum(max(crop.length for crop in group) * len(group) for group in groups)
     return 1 - sum(crop.length for crop in crops) / padded
 
@@ -81,7 +82,7 @@ def test_batches_of_similar_length_still_meet_other_clips_in_every_epoch():
 @given(lengths=LENGTHS, frames=st.integers(1, 300))
 def test_a_budget_holds_and_loses_no_crop(lengths, frames):
     crops = [Crop(index, 0, length) for index, length in enumerate(lengths)]
-    groups = list(within_budget(crops, frames * FRAME_SECONDS))
+    groups = list(within_budget(crops, frames * FRAME_SECONDS, CPU))
     assert sorted((crop for group in groups for crop in group), key=lambda crop: crop.index) == crops
     for group in groups:
         assert len(group) == 1 or max(crop.length for crop in group) * len(group) <= frames
@@ -89,8 +90,8 @@ def test_a_budget_holds_and_loses_no_crop(lengths, frames):
 
 def test_what_fits_stays_together():
     crops = [Crop(index, 0, 10) for index in range(12)]
-    assert [len(group) for group in within_budget(crops, 40 * FRAME_SECONDS)] == [4, 4, 4]
-    assert [len(group) for group in within_budget(crops, 1e9)] == [12]
+    assert [len(group) for group in within_budget(crops, 40 * FRAME_SECONDS, CPU)] == [4, 4, 4]
+    assert [len(group) for group in within_budget(crops, 1e9, CPU)] == [12]
 
 
 # Crops.

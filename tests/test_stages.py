@@ -275,7 +275,7 @@ def test_pseudo_labels_follow_their_frames_through_crops_and_batches(lengths, cr
     clips = Clips([str(n) for n in range(len(labels))], [each[:, None].astype(np.float16) for each in labels])
     crops = random_crops(clips, range(len(lengths)), (crop + 0.5) / 50, generator)
     counted = 0
-    for group in within_budget(crops, budget / 50):
+    for group in within_budget(crops, budget / 50, torch.device("cpu")):
         batch = collate(clips, group)
         mask = span_mask(batch.lengths, 0.8, 10, generator)
         targets = {7: torch.from_numpy(np.concatenate(labels).astype(np.int64))[batch.rows]}

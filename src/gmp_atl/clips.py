@@ -20,8 +20,8 @@ from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
-_ENOUGH = 8.0
-"""Seconds of audio in a group, with which matrix products run at their full speed."""
+_ENOUGH = {"cpu": 8.0, "cuda": 80.0}
+"""Seconds of audio in a group, by kind of device, with which matrix products run at their full speed."""
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
 
@@ -169,16 +169,17 @@ def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) ->
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def within_budget(crops: Sequence[Crop], seconds: float) -> Iterator[list[Crop]]:
+def within_budget(crops: Sequence[Crop], seconds: float, device: torch.device) -> Iterator[list[Crop]]:
     """Split crops into groups that, padded, hold at most `seconds` of audio; longer ones stand alone.
 
-    A group that is large enough takes no crop that would be padded by more than a seventh.
+    A group that is large enough for the device takes no crop that would be padded by more than a seventh.
     """
+    enough = _ENOUGH[device.type]
     group: list[Crop] = []
     for crop in sorted(crops, key=lambda crop: (crop.length, crop.index), reverse=True):
         longest = group[0].length if group else crop.length
         held = longest * len(group) * FRAME_SECONDS
-        if group and (held + longest * FRAME_SECONDS > seconds or (held >= _ENOUGH and 8 * crop.length < 7 * longest)):
+        if group and (held + longest * FRAME_SECONDS > seconds or (held >= enough and 8 * crop.length < 7 * longest)):
             yield group
             group = []
         group.append(crop)
@@ -194,7 +195,7 @@ def whole(clips: Clips) -> list[Crop]:
 def passes(clips: Clips, seconds: float, device: torch.device) -> Iterator[Batch]:
     """All clips, whole, in batches that `within_budget` allows; in any order. The clips are on the device then."""
     clips.to(device)
-    for crops in within_budget(whole(clips), seconds):
+    for crops in within_budget(whole(clips), seconds, device):
         yield collate(clips, crops)
 
 

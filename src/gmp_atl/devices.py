@@ -24,6 +24,10 @@ def resolve(gpus: int) -> torch.device:
             "This job was given a GPU (resources: gpu=1), but torch finds no usable CUDA device here. Check "
             "nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU with --workflow-profile workflow/profiles/cpu."
         )
+    # By default cuDNN rounds what convolutions and LSTMs multiply to 10 bits; float32 is to be float32.
+    torch.backends.cudnn.allow_tf32 = False
+    # cuDNN's attention plans anew for every shape of a batch, which takes longer than many an update.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda")
 
 

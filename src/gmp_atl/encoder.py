@@ -368,7 +368,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
-        relative = self._in_single(rows) if self.narrow else self.conv(rows)
+        relative = self._in_single(rows) if self.narrow and rows.device.type == "cpu" else self.conv(rows)
         return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)
 
     def _in_single(self, rows: Tensor) -> Tensor:

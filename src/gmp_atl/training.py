@@ -215,7 +215,7 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = None
         parts: list[Terms] = []
-        for members in within_budget(crops, self.compute.batch_seconds):
+        for members in within_budget(crops, self.compute.batch_seconds, self.device):
             batch = collate(self.clips, members)
             with devices.autocast(self.device, self.precision):
                 terms = self.objective(batch, generator)
