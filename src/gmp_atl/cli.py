@@ -182,7 +182,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _add_restore(commands: _Commands) -> None:
     text = "make the tables and figures of an archive anew"
     parser = commands.add_parser("restore", help=text, description=f"{text.capitalize()}.")
-    parser.add_argument("archive", type=Path, help="as written by `snakemake archive`")
+    parser.add_argument("archive", type=Path, help="as written by `make archive`")
     parser.add_argument("--output", type=Path, help="folder (default: results/<archive>-restored)")
     parser.set_defaults(run=_restore)
 

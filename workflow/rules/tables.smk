@@ -52,7 +52,7 @@ rule figures:
         " --output {params.folder} --provenance {output.provenance} 2> {log}"
 
 
-# What tables need, in one file for machines without audio, models or GPU. Not part of a run: `snakemake archive`.
+# What tables need, in one file for machines without audio, models or GPU. Not part of a run: `make archive`.
 rule archive:
     input:
         corpus=rules.corpus.output.summary,
