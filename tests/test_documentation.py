@@ -140,6 +140,20 @@ def test_workflow_page_tells_of_the_rule(rule: str) -> None:
     assert re.search(rf"\b{rule}\b", TEXT[ROOT / "docs" / "workflow.md"])
 
 
+def test_it_is_told_how_each_table_is_made_and_from_which_files() -> None:
+    page = TEXT[ROOT / "docs" / "readings.md"]
+    [section] = re.findall(r"^## How each table is made\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \| .* \| (.*) \|$", section, re.MULTILINE)
+    rules = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "workflow" / "rules").glob("*.smk")}
+    listed = " ".join(re.findall(r"^RUN_TABLES.*$", rules["tables"], re.MULTILINE))
+    made = {f"table{number}" for number in (1, 2, 3, 4)} | set(re.findall(r'"(\w+)"', listed))
+    assert {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)} == made
+    outputs = re.findall(r'"<results>/evaluations/([^"]+)"', "".join(rules.values()))
+    for path in re.findall(r"`([^` ]+(?:/[^` ]+|\.parquet))`", " ".join(paths for _, paths in rows)):
+        folders = ["/".join(output.split("/")[: path.count("/") + 1]) for output in outputs]
+        assert any(re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", folder), path) for folder in folders), path
+
+
 def readings() -> dict[int, tuple[str, str]]:
     """Number of each open reading: the cells with its default and with the other readings."""
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", TEXT[ROOT / "docs" / "readings.md"], re.MULTILINE)
