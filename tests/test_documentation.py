@@ -7,10 +7,8 @@ import errno
 import os
 import re
 import runpy
-import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pytest
 import yaml
 
 from gmp_atl import config
-from gmp_atl.corpora import read_corpus
 
 ROOT = Path(__file__).parent.parent
 TOOL = runpy.run_path(str(ROOT / "tools" / "config_reference.py"))
@@ -98,36 +95,6 @@ def test_make_targets_exist(page: Path) -> None:
     named = {word for command in commands for word in command.split() if "=" not in word}
     assert named
     assert named <= targets
-
-
-def commands() -> Iterator[tuple[str, str]]:
-    """Every `snakemake ...` of documents, config.yaml and presets, without what follows on its line."""
-    configs = [ROOT / "config.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-    for page, text in {**TEXT, **{each: each.read_text(encoding="utf-8") for each in configs}}.items():
-        for command in re.findall(r"(?:`|^[# ]+)(snakemake [^`\n]+?)(?:`|  .*$|$)", text, re.MULTILINE):
-            yield page.name, command
-
-
-@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
-def test_snakemake_command_is_possible(page: str, command: str) -> None:
-    arguments = shlex.split(command)[1:]
-    settings = PAPER
-    for option, value in pairwise(arguments):
-        if option == "--configfile":
-            settings = merged(settings, yaml.safe_load((ROOT / value).read_text(encoding="utf-8")))
-        elif option == "--workflow-profile":
-            assert (ROOT / value / "config.yaml").is_file()
-        elif option == "--config":
-            key, _, changed = value.partition("=")
-            settings = merged(settings, {key: yaml.safe_load(changed)})
-    config.parse(settings)
-    # Snakemake takes every word after one of these for a value: targets must come before.
-    for option in ("--configfile", "--config", "--resources"):
-        if option in arguments:
-            rest = arguments[arguments.index(option) + 2 :]
-            assert not rest or rest[0].startswith("-"), command
-    targets = [word for before, word in pairwise(["", *arguments]) if before != "--sdm"]
-    assert {word for word in targets if re.fullmatch("[a-z]+", word)} <= {*rule_names(), "all"}
 
 
 def rule_names() -> list[str]:
@@ -211,22 +178,6 @@ def test_every_key_that_is_named_exists(page: Path) -> None:
 def test_yaml_examples_are_valid_overlays(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", TEXT[page], re.DOTALL):
         config.parse(merged(PAPER, yaml.safe_load(block)))
-
-
-def test_example_manifest_is_read_and_fits_its_folds(tmp_path: Path) -> None:
-    text = TEXT[ROOT / "docs" / "corpora.md"]
-    [manifest] = re.findall(r"```csv\n(.*?)```", text, re.DOTALL)
-    [overlay] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    settings = config.parse(merged(PAPER, yaml.safe_load(overlay)))
-    (tmp_path / "manifest.csv").write_text(manifest, encoding="utf-8")
-    for line in manifest.splitlines()[1:]:
-        audio = tmp_path / line.split(",")[0]
-        audio.parent.mkdir(exist_ok=True)
-        audio.touch()
-    corpus = read_corpus("manifest", tmp_path / "manifest.csv", settings.classes)
-    assert len(corpus.utterances) == 4
-    assert not corpus.excluded
-    assert {each.session for each in corpus.utterances} == {name for group in settings.folds.held_out for name in group}
 
 
 def test_citation_is_of_this_version() -> None:
