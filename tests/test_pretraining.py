@@ -33,14 +33,17 @@ from gmp_atl.stages.probe import probe
 from gmp_atl.stages.probes import probes
 from gmp_atl.stages.speech import speech
 
+OPTIMISATION = {"batch_size": 4, "learning_rate": 1e-3, "max_clip_seconds": 0.4, "layerdrop": 0.1}
 PRETRAINING: dict[str, Any] = {
     "attribution": ["tones, of the test's own making"],
     "speeds": [1.0, 1.25],
     "mixing": 0.5,
-    "iterations": [{"layer": 0, "sizes": [4, 8], "updates": 6}, {"layer": -3, "sizes": [6], "updates": 4}],
+    "iterations": [
+        {"layer": 0, "sizes": [4, 8], "updates": 6, "optimisation": OPTIMISATION},
+        {"layer": -3, "sizes": [6], "updates": 4, "optimisation": OPTIMISATION},
+    ],
     "probes": [3],
     "projection": 8,
-    "optimisation": {"batch_size": 4, "learning_rate": 1e-3, "max_clip_seconds": 0.4, "layerdrop": 0.1},
 }
 
 

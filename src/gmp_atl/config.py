@@ -97,8 +97,9 @@ class ScratchEncoderConfig(Section):
 class EncoderConfig(Section):
     """The pre-trained HuBERT, or a wav2vec 2.0 or WavLM in its place."""
 
-    source: Literal["hub", "directory", "scratch"]
-    """Hugging Face hub, a folder, or random weights of the size that `scratch` gives."""
+    source: Literal["hub", "directory", "packaged", "scratch"]
+    """Hugging Face hub, a folder, the small HuBERT that comes with this package (docs/pretraining.md), or random
+    weights of the size that `scratch` gives."""
     name: str | None = None
     """Hub id, such as facebook/hubert-base-ls960."""
     revision: str | None = None
@@ -253,6 +254,7 @@ class IterationConfig(Section):
     """Optimiser steps."""
     start: Literal["random", "previous"] = "random"
     """Weights to begin with: random ones, or those of the iteration before."""
+    optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
 
 
 class PretrainingConfig(Section):
@@ -275,7 +277,6 @@ class PretrainingConfig(Section):
     """As in retraining."""
     projection: Count = 256
     """As in retraining."""
-    optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
 
     @model_validator(mode="after")
     def _check(self) -> PretrainingConfig:

@@ -16,6 +16,8 @@ from gmp_atl.errors import UserError
 from gmp_atl.formats import Output, sha256
 
 log = logging.getLogger(__name__)
+PACKAGED = Path(__file__).parents[1] / "encoders" / "hubert-small"
+"""A small HuBERT: config.json, model.safetensors in half precision, and a card that says how it was made."""
 
 
 def pretrained(*, config: EncoderSlice, output: Output) -> None:
@@ -29,6 +31,8 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
         scratch = settings.scratch
         encoder = encoders.from_scratch(scratch)
         description = f"random HuBERT, {scratch.layers} x {scratch.hidden_size}, seed {scratch.seed}"
+    elif settings.source == "packaged":
+        encoder, description = _from_folder(PACKAGED, settings), f"{PACKAGED.name} of gmp-atl"
     elif settings.source == "directory":
         assert settings.path is not None  # the config has checked
         encoder, description = _from_folder(settings.path, settings), settings.path.name

@@ -93,7 +93,7 @@ def pretraining(
         model,
         objective,
         _waveforms(split.utterances, audio_root),
-        config=settings.optimisation,
+        config=iteration.optimisation,
         compute=config.compute,
         key=key,
         device=device,
@@ -113,13 +113,14 @@ def pretraining(
 
 def _start(config: PretrainingSlice, previous: Path | None) -> tuple[Encoder, str]:
     """The encoder to be trained, convolutions included, and the identity of the one whose frames were clustered."""
-    perturbed = regularisation(config.pretraining.optimisation)
+    iteration = config.pretraining.iterations[-1]
+    perturbed = regularisation(iteration.optimisation)
     encoder, clustered = encoders.from_scratch(config.encoder.scratch, perturbed), MFCC
     if previous is not None:
         found, origin = encoders.load_fitted(previous, perturbed)
-        if config.pretraining.iterations[-1].layer < 0:
+        if iteration.layer < 0:
             clustered = origin["encoder"]
-        if config.pretraining.iterations[-1].start == "previous":
+        if iteration.start == "previous":
             encoder = found
     encoder.feature_extractor.requires_grad_(True)
     return encoder, clustered
