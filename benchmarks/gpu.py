@@ -299,8 +299,7 @@ def convolutions(plan: Plan, folder: Path) -> sides.Work:
     model.cast(devices.dtype("auto", device))
 
     def work() -> float:
-        for path, wave in waves:
-            clips.local_features(model, wave, path, normalise=False)
+        clips.local_features(model, [wave for _, wave in waves], [path for path, _ in waves], normalise=False)
         return sum(len(wave) for _, wave in waves) / 16_000
 
     return work

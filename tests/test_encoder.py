@@ -483,3 +483,16 @@ def test_the_head_of_another_config_is_refused(encoder, tmp_path, other):
     classifier.save(model(**settings), tmp_path)
     with pytest.raises(UserError, match="is not the head that the config describes"):
         classifier.load_head(model(**{**settings, **other}), tmp_path)
+
+
+# On a GPU.
+
+
+@pytest.mark.parametrize("frames", [1, 40, 233])
+def test_positions_by_fourier_are_those_of_the_convolution(encoder, frames):
+    """That way is taken on a GPU; here it is asked for by hand."""
+    positions = encoder.encoder.pos_conv_embed
+    rows = torch.randn(2, encoder.architecture.hidden_size, frames, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = positions.conv(rows)[..., :frames]
+        torch.testing.assert_close(positions._by_fourier(rows), expected, atol=1e-5, rtol=1e-4)

@@ -163,7 +163,7 @@ def test_onnx_gives_the_scores_of_evaluation_and_of_any_length(spoken, tmp_path)
     network, described = classifier.load(spoken.model)
     for length in (MIN_SAMPLES, MIN_SAMPLES + 1, 7_777, 70_000):
         noise = random.normal(size=length).astype(np.float32)
-        local = local_features(network.encoder, noise, Path("noise"), normalise=described.normalise_audio)
+        [local] = local_features(network.encoder, [noise], [Path("noise")], normalise=described.normalise_audio)
         expected = classifier.scores(
             network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu")
         )
@@ -188,7 +188,7 @@ def test_a_model_on_wavlm_is_exported_too(spoken, tmp_path):
     assert "The encoder is a WavLM" in (tmp_path / "exported/README.md").read_text()
     noise = 0.1 * np.random.default_rng(0).normal(size=9_000).astype(np.float32)
     network, described = classifier.load(tmp_path / "model")
-    local = local_features(network.encoder, noise, Path("noise"), normalise=described.normalise_audio)
+    [local] = local_features(network.encoder, [noise], [Path("noise")], normalise=described.normalise_audio)
     expected = classifier.scores(network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu"))
     session = onnxruntime.InferenceSession(tmp_path / "exported" / "model.onnx")
     np.testing.assert_allclose(session.run(["scores"], {"samples": noise[None]})[0], expected, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmp_atl import audio, devices
 from gmp_atl.audio import SAMPLE_RATE, AudioError
-from gmp_atl.encoder import HOP, Encoder, n_frames
+from gmp_atl.encoder import HOP, Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
@@ -22,6 +22,8 @@ from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _ENOUGH = {"cpu": 8.0, "cuda": 80.0}
 """Seconds of audio in a group, by kind of device, with which matrix products run at their full speed."""
+_CLIPS_TOGETHER = 16
+"""Whose convolutions a GPU computes at once: 0.5 GB pass from the first to the second, of clips of 10 s."""
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
 
@@ -43,28 +45,38 @@ def recording(root: Path, utterances: pa.Table, row: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def local_features(encoder: Encoder, samples: np.ndarray, source: Path, *, normalise: bool) -> np.ndarray:
-    """Output of the frozen convolutions for one unpadded clip, as every stage reads it.
+def local_features(
+    encoder: Encoder, waves: Sequence[np.ndarray], sources: Sequence[Path], *, normalise: bool
+) -> list[np.ndarray]:
+    """Output of the frozen convolutions for unpadded clips, as every stage reads it.
 
     Args:
-        samples: Mono at 16 kHz, at least `MIN_SAMPLES`.
-        source: Where they come from, for the message.
+        waves: Mono at 16 kHz, at least `MIN_SAMPLES` each.
+        sources: Where they come from, for the message.
         normalise: Zero mean and unit variance first.
 
     Returns:
-        (frames, dimensions) in float16.
+        (frames, dimensions) in float16 for each clip.
 
     Raises:
         AudioError: float16 cannot hold them.
     """
-    waveform = torch.from_numpy(samples).to(encoder.masked_spec_embed.device)
+    device = encoder.masked_spec_embed.device
+    waveforms = [devices.send(torch.from_numpy(samples), device) for samples in waves]
     if normalise:
-        waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-7)
-    features: np.ndarray = encoder.local_features(waveform).half().cpu().numpy()
-    if not np.isfinite(features).all():
+        waveforms = [(each - each.mean()) / torch.sqrt(each.var(correction=0) + 1e-7) for each in waveforms]
+    found: list[Tensor] = []
+    if device.type == "cpu":
+        found = [encoder.local_features(waveform).half() for waveform in waveforms]
+    else:
+        for first in range(0, len(waveforms), _CLIPS_TOGETHER):
+            group = encoder.local_features_together(waveforms[first : first + _CLIPS_TOGETHER])
+            found += [features.half() for features in group]
+    finite = torch.stack([features.isfinite().all() for features in found]).tolist()
+    if not all(finite):
+        source = sources[finite.index(False)]
         raise AudioError(source, "local features exceed the range of float16", "the clip is not speech of usual level")
-    assert len(features) == n_frames(len(samples))
-    return features
+    return [features.cpu().numpy() for features in found]
 
 
 class Clips:

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.fft import next_fast_len
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -167,6 +168,13 @@ class Encoder(nn.Module):
         features: Tensor = self.feature_extractor(audio)
         return features
 
+    def local_features_together(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """The same of many clips at once, as a GPU wants them."""
+        lengths = torch.tensor([len(clip) for clip in clips])
+        padded = nn.utils.rnn.pad_sequence(list(clips), batch_first=True)
+        features = self.feature_extractor.together(padded, lengths.to(padded.device))
+        return [each[: n_frames(length)] for each, length in zip(features, lengths.tolist(), strict=True)]
+
     def forward(self, local: Tensor, lengths: Tensor, layer: int = -1, mask: Tensor | None = None) -> Tensor:
         """Hidden states of one layer; see `hidden_states`."""
         return self.hidden_states(local, lengths, [layer], mask)[layer]
@@ -225,12 +233,28 @@ class Convolutions(nn.Module):
             for i in range(len(CONV_KERNELS))
         )
 
-    def together(self, audio: Tensor) -> Tensor:
-        """Clips of one length, (batch, samples), to (batch, frames, channels), layer by layer: for training."""
-        hidden = audio[:, None]
-        for layer in self.conv_layers:
+    def together(self, audio: Tensor, lengths: Tensor) -> Tensor:
+        """Many clips, layer by layer: for training, and for a GPU, which stretches would leave idle.
+
+        Args:
+            audio: (clips, samples), zero where padded.
+            lengths: samples of each, (clips,), on the device.
+
+        Returns:
+            (clips, frames, channels); frames of the padding have no meaning.
+        """
+        first: ConvLayer = self.conv_layers[0]  # type: ignore[assignment]
+        windows = audio.unfold(1, CONV_KERNELS[0], CONV_STRIDES[0])
+        counts = (lengths - CONV_KERNELS[0]) // CONV_STRIDES[0] + 1
+        valid = torch.arange(windows.shape[1], device=audio.device) < counts[:, None]
+        with torch.autocast(audio.device.type, enabled=False):
+            weight, bias = first.filters(windows.masked_fill(~valid[..., None], 0.0), counts)
+        hidden = windows @ weight.mT
+        hidden = first.activate(hidden if bias is None else hidden + bias.to(hidden.dtype))
+        hidden = hidden.to(self.conv_layers[-1].conv.weight.dtype)  # type: ignore[union-attr,arg-type]
+        for layer in self.conv_layers[1:]:
             hidden = layer.together(hidden)  # type: ignore[operator]
-        return hidden.transpose(1, 2)
+        return hidden
 
     def arrange(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on, all but the first layer's products, and lay the filters out for that."""
@@ -244,12 +268,14 @@ class Convolutions(nn.Module):
         first: ConvLayer = self.conv_layers[0]  # type: ignore[assignment]
         dtype: torch.dtype = self.conv_layers[-1].conv.weight.dtype  # type: ignore[union-attr,assignment]
         kernel, stride = CONV_KERNELS[0], CONV_STRIDES[0]
-        weight, bias = first.filters(audio.unfold(0, kernel, stride))
+        windows = audio.unfold(0, kernel, stride)[None]
+        weight, bias = first.filters(windows, torch.tensor([windows.shape[1]], device=audio.device))
         frames, found = n_frames(len(audio)), []
         for start in range(0, frames, _STRETCH):
             end = min(start + _STRETCH, frames)
             samples = audio[start * HOP : (end - 1) * HOP + RECEPTIVE_FIELD]
-            hidden = first.activate(F.linear(samples.unfold(0, kernel, stride), weight, bias).to(dtype))
+            products = F.linear(samples.unfold(0, kernel, stride), weight[0], None if bias is None else bias.flatten())
+            hidden = first.activate(products.to(dtype))
             for layer in self.conv_layers[1:]:
                 hidden = layer(hidden)
             found.append(hidden)
@@ -271,18 +297,23 @@ class ConvLayer(nn.Module):
         elif first:
             self.layer_norm = nn.GroupNorm(channels_out, channels_out)
 
-    def filters(self, windows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight, (channels, kernel), and bias of the first layer for one clip, whose windows are (frames, kernel)."""
-        weight = self.conv.weight[:, 0]
+    def filters(self, windows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight, (clips, channels, kernel), and bias, (clips, 1, channels), of the first layer for each clip.
+
+        Args:
+            windows: (clips, frames, kernel), zero where padded.
+            counts: frames that are not, (clips,).
+        """
+        weight = self.conv.weight[:, 0].expand(len(windows), -1, -1)
         if self.over_channels:
             return weight, self.conv.bias
         norm: nn.GroupNorm = self.layer_norm  # type: ignore[assignment]
         # A variance as the difference of two sums: in float64, or a quiet clip would lose it. The bias cancels out.
-        w, x = weight.double(), windows.double()
-        mean = x.mean(dim=0)
-        covariance = x.T @ x / len(x) - torch.outer(mean, mean)
-        scale = norm.weight / torch.sqrt(((w @ covariance) * w).sum(dim=1).clamp(min=0) + norm.eps)
-        return (w * scale[:, None]).to(weight), (norm.bias - (w @ mean) * scale).to(weight)
+        w, x, n = weight.double(), windows.double(), counts.double()[:, None, None]
+        mean = x.sum(dim=1, keepdim=True) / n
+        covariance = x.mT @ x / n - mean.mT @ mean
+        scale = norm.weight[:, None] / torch.sqrt(((w @ covariance) * w).sum(-1, keepdim=True).clamp(min=0) + norm.eps)
+        return (w * scale).to(weight), (norm.bias - (mean @ w.mT) * scale.mT).to(weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Any layer but the first: (frames, channels) to about half as many frames."""
@@ -291,16 +322,14 @@ class ConvLayer(nn.Module):
         return self.activate(convolved[0, :, 0].T)
 
     def together(self, hidden: Tensor) -> Tensor:
-        """Of many clips: (batch, channels, frames) to about half as many frames."""
-        hidden = self.conv(hidden)
-        if self.over_channels:
-            hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)
-        else:
-            hidden = self.layer_norm(hidden)
-        return F.gelu(hidden)
+        """The same of many clips, (clips, frames, channels), as one matrix product."""
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        span = hidden.shape[1] - kernel + 1
+        taps = torch.cat([hidden[:, tap : tap + span : stride] for tap in range(kernel)], dim=-1)
+        return self.activate(F.linear(taps, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias))
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """GELU of (frames, channels), after the normalisation of large."""
+        """GELU of (..., frames, channels), after the normalisation of large."""
         if self.over_channels:
             hidden = self.layer_norm(hidden)
         return F.gelu(hidden)
@@ -368,8 +397,23 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
-        relative = self._in_single(rows) if self.narrow and rows.device.type == "cpu" else self.conv(rows)
+        on_gpu = rows.device.type != "cpu"
+        if self.narrow != on_gpu:
+            relative = self._by_fourier(rows) if on_gpu else self._in_single(rows)
+        else:
+            relative = self.conv(rows)
         return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)
+
+    def _by_fourier(self, rows: Tensor) -> Tensor:
+        """cuDNN takes five times as long for a kernel as wide, with as many channels a group (benchmarks/gpu.py)."""
+        frames, weight = rows.shape[2], self.conv.weight.float()
+        points = next_fast_len(frames + 2 * self.padding, real=True)
+        with torch.autocast(rows.device.type, enabled=False):
+            spectra = torch.fft.rfft(rows.float(), points).unflatten(1, (self.groups, -1))
+            filters = torch.fft.rfft(weight, points).unflatten(0, (self.groups, -1)).conj()
+            products = torch.einsum("bgif,goif->bgof", spectra, filters).flatten(1, 2)
+            around = torch.fft.irfft(products, points).roll(self.padding, dims=-1)
+        return (around[..., :frames] + self.conv.bias.float()[:, None]).to(rows.dtype)
 
     def _in_single(self, rows: Tensor) -> Tensor:
         """With fewer than 16 channels a group, bfloat16 is not coarse but wrong on CPUs with AMX (torch 2.11)."""

@@ -115,7 +115,7 @@ def _windows(
             for start, samples in recordings.windows(audio.stream(path, seconds), cut):
                 if len(samples) < MIN_SAMPLES:
                     raise AudioError(path, "shorter than one HuBERT frame (25 ms)", "there is nothing to score")
-                local = clips.local_features(model.encoder, samples, path, normalise=description.normalise_audio)
+                [local] = clips.local_features(model.encoder, [samples], [path], normalise=description.normalise_audio)
                 yield path, _Window(start, len(samples), local)
         except AudioError as error:
             yield path, error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_rows
 from gmp_atl.progress import Meter
+
+_States = dict[int, list[np.ndarray]]
+"""Per layer and clip: (frames, hidden size) in float16."""
 
 
 def layer_features(
@@ -46,29 +50,36 @@ def layer_features(
     if config.clustering.fit_on == "all":
         split = everything(utterances)
     meter = Meter("clip", len(split.ids))
-    with ExitStack() as stack:
+    with ExitStack() as stack, ThreadPoolExecutor(len(layers)) as pool:
         append: dict[int, Callable[[pa.RecordBatch], None]] = {}
         for layer, path in zip(layers, outputs, strict=True):
             header = {"dimensions": model.architecture.hidden_size, "layer": layer}
             origin = {"encoder": metadata["encoder"], "fitted_on": metadata["fitted_on"]}
             append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header, **origin))
         for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
-            for layer, frames in _hidden_states(model, clips, layers, config, device).items():
-                append[layer](feature_rows(clips.ids, frames))
+            states = _hidden_states(model, clips, layers, config, device)
+
+            def write(layer: int, ids: list[str] = clips.ids, states: _States = states) -> None:
+                append[layer](feature_rows(ids, states[layer]))
+
+            list(pool.map(write, layers))  # which raises what a writer raises
             meter.advance(len(clips.ids), audio=FRAME_SECONDS * clips.lengths.sum())
 
 
 @torch.inference_mode()
 def _hidden_states(
     model: Encoder, clips: Clips, layers: list[int], config: ClusteringSlice, device: torch.device
-) -> dict[int, list[np.ndarray]]:
-    """Per layer and clip: (frames, hidden size) in float16."""
-    found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(clips.ids) for layer in layers}
+) -> _States:
+    found: _States = {layer: [np.empty(0)] * len(clips.ids) for layer in layers}
     for batch in passes(clips, config.compute.batch_seconds, device):
-        for layer, hidden in model.hidden_states(batch.local, batch.lengths, layers).items():
-            stored = hidden.half().cpu().numpy()
-            if not np.isfinite(stored).all():
-                raise UserError(f"Layer {layer} exceeds the range of float16; the encoder has diverged.")
-            for row, index, length in zip(stored, batch.indices, batch.lengths.tolist(), strict=True):
+        states = {layer: h.half() for layer, h in model.hidden_states(batch.local, batch.lengths, layers).items()}
+        valid = (batch.rows >= 0)[..., None]
+        finite = torch.stack([(h.isfinite() | ~valid).all() for h in states.values()]).tolist()
+        if not all(finite):
+            raise UserError(
+                f"Layer {layers[finite.index(False)]} exceeds the range of float16; the encoder has diverged."
+            )
+        for layer, hidden in states.items():
+            for row, index, length in zip(hidden.cpu().numpy(), batch.indices, batch.lengths.tolist(), strict=True):
                 found[layer][index] = row[:length]
     return found

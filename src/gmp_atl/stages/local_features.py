@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from gmp_atl.progress import Meter
 
 log = logging.getLogger(__name__)
 _ROW_GROUP_BYTES = 32 * 2**20
+_CLIPS_AT_ONCE = 64
+_THREADS = 4  # decoding releases the interpreter's lock
 
 
 def local_features(
@@ -44,9 +47,9 @@ def local_features(
     with LOCAL_FEATURES.writer(output, dimensions=width, encoder=metadata["encoder"]) as append:
         ids: list[str] = []
         frames: list[np.ndarray] = []
-        for utterance, features in _features(table, audio_root, model, config.encoder.normalise_audio):
-            ids.append(utterance)
-            frames.append(features)
+        for some, features in _features(table, audio_root, model, config.encoder.normalise_audio):
+            ids += some
+            frames += features
             if sum(each.nbytes for each in frames) >= _ROW_GROUP_BYTES:
                 append(feature_rows(ids, frames))
                 ids, frames = [], []
@@ -55,10 +58,21 @@ def local_features(
     log.info("local features of %d clips", len(table))
 
 
-def _features(table: pa.Table, root: Path, model: Encoder, normalise: bool) -> Iterator[tuple[str, np.ndarray]]:
-    names = zip(table["id"].to_pylist(), table["path"].to_pylist(), strict=True)
+def _features(
+    table: pa.Table, root: Path, model: Encoder, normalise: bool
+) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Ids and local features, some clips at a time; the next ones are decoded meanwhile."""
     meter = Meter("clip", len(table))
-    for row, (utterance, path) in enumerate(names):
-        samples = clips.recording(root, table, row)
-        meter.advance(audio=len(samples) / SAMPLE_RATE)
-        yield utterance, clips.local_features(model, samples, root / path, normalise=normalise)
+    with ThreadPoolExecutor(_THREADS) as pool:
+
+        def decode(first: int) -> Iterator[np.ndarray]:
+            rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))
+            return pool.map(lambda row: clips.recording(root, table, row), rows)
+
+        ahead = decode(0)
+        for first in range(0, len(table), _CLIPS_AT_ONCE):
+            waves, ahead = list(ahead), decode(first + _CLIPS_AT_ONCE)
+            some = table.slice(first, len(waves))
+            paths = [root / path for path in some["path"].to_pylist()]
+            yield some["id"].to_pylist(), clips.local_features(model, waves, paths, normalise=normalise)
+            meter.advance(len(waves), audio=sum(map(len, waves)) / SAMPLE_RATE)

@@ -79,7 +79,8 @@ def pretraining(
         lengths = torch.full((len(samples),), frames)
         mask = span_mask(lengths, settings.mask.probability, settings.mask.length, generator)
         targets = {size: of_rows[batch.rows[:, :frames]] for size, of_rows in labels.items()}
-        return masked_prediction(model, encoder.feature_extractor.together(samples), lengths, mask, targets, 0.0)
+        local = encoder.feature_extractor.together(samples, torch.full_like(samples[:, 0], samples.shape[1]))
+        return masked_prediction(model, local, lengths, mask, targets, 0.0)
 
     def keep(folder: Path) -> None:
         name = f"HuBERT {len(encoder.encoder.layers)} x {encoder.architecture.hidden_size}"
