@@ -24,8 +24,8 @@ TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PAPER = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 KEYS = dict(TOOL["keys"](config.Config))
 DEFAULTS = TOOL["defaults"](config.Config)
-OVERLAID_ONLY = "encoder.scratch."
-"""The paper's encoder is not made from scratch, so that config.yaml leaves its size out."""
+OVERLAID_ONLY = ("encoder.scratch.", "pretraining.")
+"""The paper's encoder is not made from scratch, so that config.yaml leaves out of what size, and on which speech."""
 
 
 def pages(*, of: str = "") -> Any:

@@ -24,10 +24,10 @@ from gmp_atl.encoder import Encoder, n_frames
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, PROBES, UTTERANCES, read_features
 from gmp_atl.stages.clustering import clustering
-from gmp_atl.stages.distribution import distribution
 from gmp_atl.stages.layer_features import layer_features
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.mfcc import mfcc
+from gmp_atl.stages.pretrain import pretrain
 from gmp_atl.stages.pretraining import mixed, pretraining
 from gmp_atl.stages.probe import probe
 from gmp_atl.stages.probes import probes
@@ -276,7 +276,7 @@ def test_labels_of_other_features_are_refused(made, tmp_path):
 def test_what_is_handed_on_is_a_hubert_in_half_precision_with_its_sources(made, tmp_path):
     histories = [made.of(n) / "history.parquet" for n in (1, 2)]
     arguments = {"config": made.config("pretraining"), "utterances": made.utterances, "histories": histories}
-    distribution(**arguments, encoder=made.encoder(2), output=tmp_path)
+    pretrain(**arguments, encoder=made.encoder(2), output=tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     network = HubertModel.from_pretrained(tmp_path, dtype=torch.float32).eval()

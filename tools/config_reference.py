@@ -95,8 +95,11 @@ def look_up(settings: Mapping[str, Any], path: str) -> Any:
 
 
 def _section(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    """What a key holds, if that is a section, one that may be left out, or a list of them."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
 def _sections(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:

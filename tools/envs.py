@@ -27,6 +27,7 @@ ENVIRONMENTS = {
         "pyarrow",
         "pydantic",
         "safetensors",
+        "scikit-learn",
         "soundfile",
         "torch",
         "torchaudio",

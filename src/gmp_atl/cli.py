@@ -37,7 +37,7 @@ STAGES = {
     "pretraining": "an encoder from random weights, by masked prediction",
     "probe": "what the layers of a frozen encoder tell of emotion",
     "probes": "probes and training curves as a table and figures",
-    "distribution": "a pre-trained encoder as it is handed on",
+    "pretrain": "a pre-trained encoder as it is handed on",
     "tables": "evaluations to Tables 1-4",
     "figures": "evaluations to figures",
     "archive": "evaluations, histories and records in one file",

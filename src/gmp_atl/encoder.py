@@ -23,7 +23,6 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy.fft import next_fast_len
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -407,7 +406,7 @@ class PositionEmbedding(nn.Module):
     def _by_fourier(self, rows: Tensor) -> Tensor:
         """cuDNN takes five times as long for a kernel as wide, with as many channels a group (benchmarks/gpu.py)."""
         frames, weight = rows.shape[2], self.conv.weight.float()
-        points = next_fast_len(frames + 2 * self.padding, real=True)
+        points = -(-(frames + 2 * self.padding) // 64) * 64  # a length that is fast to transform
         with torch.autocast(rows.device.type, enabled=False):
             spectra = torch.fft.rfft(rows.float(), points).unflatten(1, (self.groups, -1))
             filters = torch.fft.rfft(weight, points).unflatten(0, (self.groups, -1)).conj()

@@ -209,9 +209,9 @@ rule pretrain:
         config="<results>/encoder/config.json",
         encoder="<results>/encoder/model.safetensors",
         card="<results>/encoder/README.md",
-        provenance="<logs>/pretraining/distribution.json",
+        provenance="<logs>/pretraining/pretrain.json",
     log:
-        "<logs>/pretraining/distribution.log",
+        "<logs>/pretraining/pretrain.log",
     localrule: True
     conda:
         "../../envs/torch.yaml"
@@ -219,8 +219,8 @@ rule pretrain:
         config=settings("pretraining"),
         encoder=subpath(input.encoder, parent=True),
         folder=subpath(output.encoder, parent=True),
-        code=code_hash("distribution"),
+        code=code_hash("pretrain"),
     shell:
-        "python -m gmp_atl distribution --config {params.config:q} --utterances {input.utterances}"
+        "python -m gmp_atl pretrain --config {params.config:q} --utterances {input.utterances}"
         " --encoder {params.encoder} --histories {input.histories} --output {params.folder}"
         " --provenance {output.provenance} 2> {log}"

@@ -1,4 +1,4 @@
-"""A pre-trained encoder as it is handed on: half precision, with a model card."""
+"""The end of a pre-training: the encoder as it is handed on, in half precision, with a model card."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ tags:
 
 # A small HuBERT
 
-{encoder}: {parameters:.1f} million parameters, frames of 20 ms. `HubertModel.from_pretrained` of transformers loads it
-from this folder; its layers were pre-trained by gmp-atl {version} (`snakemake pretrain`) by masked prediction of
-clusters, without any label. It is made for trying gmp-atl out without a download: for research, take a larger one.
+{parameters:.1f} million parameters, frames of 20 ms; `HubertModel.from_pretrained` of transformers loads it from this
+folder. It was pre-trained by gmp-atl {version} (`snakemake pretrain`) by masked prediction of clusters, without labels.
+It is made for trying gmp-atl out without a download: for research, take a larger one.
+
+    {encoder}
 
 ## Speech
 
@@ -40,7 +42,7 @@ Loss and accuracy are means over the last tenth of the updates, on the speech th
 """
 
 
-def distribution(
+def pretrain(
     *,
     config: PretrainingSlice,
     utterances: Path,
