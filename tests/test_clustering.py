@@ -13,9 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save
+from sklearn.cluster import MiniBatchKMeans
 
-from gmp_atl.errors import UserError
+from gmp_atl import kmeans
+from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import CLUSTER_STATISTICS, LAYER_FEATURES, PSEUDO_LABELS, feature_rows
+from gmp_atl.randomness import derive
 from gmp_atl.stages import clustering as clustering_stage
 from gmp_atl.stages.cluster_statistics import cluster_statistics
 
@@ -135,13 +139,59 @@ def test_equal_seeds_give_equal_codebooks(stages, features, algorithm):
     assert not np.array_equal(read_centroids(first.centroids)[0], read_centroids(other.centroids)[0])
 
 
-def test_a_codebook_says_where_it_comes_from(stages, features):
-    codebook = stages.clustering(features(100), 8)
+@pytest.mark.parametrize("algorithm", ["lloyd", "mini_batch"])
+def test_draws_are_a_function_of_seed_fold_layer_and_size(stages, features, algorithm):
+    """So that a codebook can be made anew from its frames, in the order of their file, and from nothing else."""
+    path = features(1500)  # more frames than a batch of MiniBatchKMeans
+    codebook = stages.clustering(path, 8, {"clustering.algorithm": algorithm, "clustering.iterations": 3}, seed=7)
+    frames, seed = np.concatenate([*read_frames(path).values()]).astype(np.float32), derive(7, 1, "clustering/-3/8")
+    if algorithm == "lloyd":
+        start = kmeans.initial_centroids([frames], len(frames), 8, np.random.default_rng(seed))
+        expected, _ = kmeans.lloyd([frames], start, 3)
+    else:
+        model = MiniBatchKMeans(8, batch_size=10_000, max_iter=3, n_init=1, random_state=seed % 2**32)
+        expected = model.fit(frames).cluster_centers_
+    np.testing.assert_array_equal(read_centroids(codebook.centroids)[0], expected.astype(np.float32))
+
+
+def test_a_codebook_says_where_it_comes_from(stages, features, caplog):
+    with caplog.at_level(logging.INFO):
+        codebook = stages.clustering(features(100), 8)
+    inertia = read_centroids(codebook.centroids)[1]["statistics"]["inertia_per_frame"]
+    assert caplog.messages[0].startswith(f"layer -3, 8 centroids: {{'inertia_per_frame': {inertia}, ")
     _, of_centroids = read_centroids(codebook.centroids)
     _, of_labels = PSEUDO_LABELS.read(codebook.pseudo_labels)
     for metadata in (of_centroids, of_labels):
-        assert (metadata["layer"], metadata["size"]) == (-3, 8)
-        assert sorted(metadata["fitted_on"]) == sorted(stages.inputs.ids("S2", "S3"))
+        assert (metadata["layer"], metadata["size"], metadata["encoder"]) == (-3, 8, "made")
+        assert metadata["fitted_on"] == sorted(stages.inputs.ids("S2", "S3"))
+
+
+def test_the_transductive_reading_fits_on_all_clips_and_labels_those_of_training(stages):
+    changes = {"clustering.fit_on": "all"}
+    features = stages.layer_features(stages.inputs.encoder, -3, changes)
+    codebook = stages.clustering(features, 8, changes)
+    metadata = read_centroids(codebook.centroids)[1]
+    assert metadata["fitted_on"] == sorted(stages.inputs.frames)
+    assert metadata["statistics"]["frames_per_centroid"] == sum(map(len, stages.inputs.frames.values())) / 8
+    labels = read_labels(codebook.pseudo_labels)
+    assert {each: len(found) for each, found in labels.items()} == {
+        each: len(stages.inputs.frames[each]) for each in stages.inputs.ids("S2", "S3")
+    }
+
+
+def test_statistics_of_uneven_clusters(stages, features, monkeypatch):
+    """One of a single frame and one of none, which k-means would fill: by hand."""
+    labels = np.array([0] * 39 + [2], np.uint16)
+    monkeypatch.setattr(kmeans, "lloyd", lambda _, initial, *__: (initial, kmeans.Assignment(labels, 80.0)))
+    statistics = read_centroids(stages.clustering(features(5), 3).centroids)[1]["statistics"]
+    assert statistics.pop("perplexity") == pytest.approx(40 / 39 ** (39 / 40))
+    assert statistics == {
+        "inertia_per_frame": 2,
+        "frames_per_centroid": 40 / 3,
+        "empty_clusters": 1,
+        "smallest_cluster": 0,
+        "largest_cluster": 39,
+    }
 
 
 def test_frames_read_from_the_file_at_every_pass_give_the_bytes_of_frames_in_memory(stages, features, monkeypatch):
@@ -156,8 +206,23 @@ def test_frames_read_from_the_file_at_every_pass_give_the_bytes_of_frames_in_mem
 def test_mini_batches_are_drawn_from_what_memory_holds(stages, features, monkeypatch, caplog):
     monkeypatch.setattr(clustering_stage, "_MEMORY", 4 * DIMENSIONS * 500)
     codebook = stages.clustering(features(100), 4, {"clustering.algorithm": "mini_batch"})
-    assert "500 of 800 are drawn at random" in caplog.text
-    assert read_centroids(codebook.centroids)[1]["statistics"]["frames_per_centroid"] == 200
+    told = "scikit-learn needs its frames in memory: 500 of 800 are drawn at random."
+    assert caplog.messages == [told]
+    centroids, metadata = read_centroids(codebook.centroids)
+    assert metadata["statistics"]["frames_per_centroid"] == 200
+    random = np.random.default_rng(derive(0, 1, "clustering/-3/4"))
+    frames = np.concatenate([*read_frames(features(100)).values()]).astype(np.float32)
+    drawn = frames[np.sort(random.choice(800, 500, replace=False, shuffle=False))]
+    model = MiniBatchKMeans(4, n_init=1, batch_size=10_000, random_state=derive(0, 1, "clustering/-3/4") % 2**32)
+    iterations = stages.config("clustering").clustering.iterations
+    expected = model.set_params(max_iter=iterations).fit(drawn).cluster_centers_
+    np.testing.assert_array_equal(centroids, expected.astype(np.float32))
+
+
+def test_mini_batches_of_all_frames_that_memory_just_holds_are_no_draw(stages, features, monkeypatch, caplog):
+    monkeypatch.setattr(clustering_stage, "_MEMORY", 4 * DIMENSIONS * 800)
+    stages.clustering(features(100), 4, {"clustering.algorithm": "mini_batch"})
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("clips_at_once", [1, 3, 8])
@@ -174,8 +239,50 @@ def test_labels_written_in_parts_are_whole(stages, features, monkeypatch, clips_
 
 
 def test_fewer_frames_than_centroids_are_refused(stages, features):
-    with pytest.raises(UserError, match=r"has 40 training frames, fewer than the 41 centroids of clustering.sizes"):
-        stages.clustering(features(5), 41)
+    path = features(5)
+    with pytest.raises(UserError) as told:
+        stages.clustering(path, 41)
+    assert str(told.value) == (
+        f"{path} has 40 training frames, fewer than the 41 centroids of clustering.sizes; take a smaller codebook, or "
+        "more speech."
+    )
+
+
+def test_features_of_another_layer_are_refused(stages, features):
+    path = features(5)
+    with pytest.raises(UserError) as told:
+        stages.clustering(path, 4, layer=-1)
+    assert str(told.value) == (f"{path} holds layer -3, but layer -1 is expected; delete it and run snakemake again.")
+
+
+def test_a_leak_is_told_with_the_file_that_it_comes_from(stages, features):
+    path = features(5)
+    with pytest.raises(LeakageError, match=f"^{path} contains or was fitted on 4 held-out utterances of this fold"):
+        stages.clustering(path, 4, fold=2)
+
+
+def test_a_gpu_that_faiss_does_not_see_is_missed_before_anything_is_read(stages, monkeypatch):
+    monkeypatch.setattr(clustering_stage.faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(UserError) as told:
+        stages.clustering(stages.layer_features(stages.inputs.encoder, -3), 4, gpus=1)
+    assert str(told.value) == (
+        "This job was given a GPU, but FAISS sees none; see nvidia-smi, or run with the cpu profile."
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "mini_batch"])
+def test_a_gpu_that_faiss_sees_is_searched_on(stages, features, monkeypatch, algorithm):
+    asked, search = [], kmeans._Search
+    monkeypatch.setattr(clustering_stage.faiss, "get_num_gpus", lambda: 1)
+
+    def made(dimensions, gpus):
+        asked.append((dimensions, gpus))
+        return search(dimensions, 0)
+
+    monkeypatch.setattr(kmeans, "_Search", made)
+    stages.clustering(features(20), 4, {"clustering.algorithm": algorithm}, gpus=1)
+    stages.clustering(features(20), 4, {"clustering.algorithm": algorithm})
+    assert asked == [(DIMENSIONS, 1), (DIMENSIONS, 0)]
 
 
 @pytest.mark.parametrize(("size", "warned"), [(10, True), (8, False)])
@@ -183,8 +290,11 @@ def test_a_codebook_fitted_on_too_little_is_warned_of(stages, features, caplog, 
     """312 frames are 39 for each of 8 centroids; FAISS's own warning would not say what to change."""
     with caplog.at_level(logging.WARNING):
         stages.clustering(features(39), size)
-    expected = ["312 training frames for 10 centroids are 31.2 per centroid, fewer than the 39"] if warned else []
-    assert [record.getMessage().split(" that ")[0] for record in caplog.records] == expected
+    told = (
+        "312 training frames for 10 centroids are 31.2 per centroid, fewer than the 39 that a reliable codebook needs. "
+        "Consider a smaller one in clustering.sizes."
+    )
+    assert caplog.messages == ([told] if warned else [])
     assert "WARNING" not in capfd.readouterr().err
 
 
@@ -197,6 +307,26 @@ def test_as_many_centroids_as_frames_are_allowed(stages, features):
 def test_torch_is_not_imported_beside_faiss(stage):
     code = f"import sys, gmp_atl.stages.{stage}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("contents", "told"),
+    [(b"no tensors", "is not a readable codebook"), (save({"x": np.zeros(1)}), "is not a codebook of this project")],
+)
+def test_a_file_that_is_no_codebook_is_named(stages, tmp_path, contents, told):
+    path = tmp_path / "centroids.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(UserError, match=f"^{path} {told}.*delete it and run snakemake again"):
+        cluster_statistics(
+            config=stages.config("cluster_statistics"),
+            utterances=stages.inputs.utterances,
+            centroids=[path],
+            pseudo_labels=[tmp_path / "labels.parquet"],
+            variant="main",
+            fold=1,
+            seed=0,
+            output=tmp_path / "statistics.parquet",
+        )
 
 
 # What the labels share with attributes.

@@ -72,7 +72,7 @@ def test_a_group_cut_out_for_validation_becomes_forbidden(tmp_path_factory, writ
 
 def test_nothing_is_forbidden_where_everything_is_asked_for(inputs):
     assert everything(inputs.utterances).ids == list(inputs.frames)
-    assert not everything(inputs.utterances).forbidden
+    assert everything(inputs.utterances).forbidden == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,49 @@ def test_an_utterance_in_no_session_is_no_fold(tmp_path, write_utterances):
     path = write_utterances(tmp_path / "u.parquet", [{"id": "x", "session": "", "speaker": "s"}])
     with pytest.raises(UserError, match="does not cover"):
         training_split(path, FoldsConfig(by="session", held_out=[["A"], ["B"]]), 1)
+
+
+@pytest.mark.parametrize("fold", [0, 4])
+def test_a_fold_that_there_is_not_is_refused(inputs, fold):
+    folds = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
+    for split in (training_split, held_out_split):
+        with pytest.raises(UserError) as told:
+            split(inputs.utterances, folds, fold)
+        assert str(told.value) == f"There is no fold {fold}: folds.held_out has groups for folds 1 to 3."
+
+
+def test_what_is_wrong_with_folds_is_told_in_full():
+    rows = pa.table({"session": ["D", "A", "C", "B"], "speaker": ["one", "two", "one", "one"]})
+    with pytest.raises(UserError) as told:
+        check_folds(rows, FoldsConfig(by="session", held_out=[["A"], ["F", "E"]]))
+    assert str(told.value) == (
+        "folds.held_out does not cover the corpus: sessions without a fold: B, C, D; named but absent: E, F."
+    )
+    with pytest.raises(UserError) as told:
+        check_folds(rows, FoldsConfig(by="session", held_out=[["A", "D"], ["B", "C"]]))
+    assert str(told.value) == (
+        "Speaker one is in fold 1 and in fold 2: the folds would not be speaker-independent. "
+        "Change folds.held_out, or set folds.by: speaker."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (["S2_male_sad", "S1_male_sad"], "1 held-out utterances of this fold (S1_male_sad)"),
+        (["S1_c", "S1_male_sad", "S1_female_sad"], "2 held-out utterances of this fold (S1_female_sad, S1_male_sad)"),
+        (["c", "a", "b"], "3 utterances that are not in the corpus's table (a, b, c)"),
+        (["d", "c", "a", "b"], "4 utterances that are not in the corpus's table (a, b, c, ...)"),
+    ],
+)
+def test_a_leak_is_told_with_its_first_ids_the_held_out_ones_before_the_unknown(inputs, ids, told):
+    split = training_split(inputs.utterances, FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]]), 1)
+    with pytest.raises(LeakageError) as error:
+        split.refuse_leaks(ids, "features.parquet")
+    assert str(error.value) == (
+        f"features.parquet contains or was fitted on {told}. It belongs to another fold or corpus, or was made "
+        "wrongly; delete it and run snakemake again."
+    )
 
 
 # Guards. Fold 1 holds out session S1; each stage is handed something that has seen it.

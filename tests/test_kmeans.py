@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 
 from gmp_atl import kmeans
 
@@ -78,6 +78,64 @@ def test_an_empty_cluster_takes_half_of_the_largest():
     np.testing.assert_allclose(sorted(map(tuple, np.round(centroids))), sorted(map(tuple, corners)), atol=1)
 
 
+def test_each_empty_cluster_takes_half_of_what_is_then_the_largest():
+    """As in FAISS: both go on from the centroid, the one times 1 ± 1/1024 by dimension, the other times 1 ∓ 1/1024.
+
+    Of 9 and 4 frames three far centroids take 4 of the 9, 2 of the 5 that are left, and 2 of the 4 in the other.
+    """
+    nine, four = np.array([4, 8, 2], np.float32), np.array([-4, 16, 0], np.float32)
+    frames = np.repeat([nine, four], [9, 4], axis=0)
+    far = np.full((3, 3), 1e4, np.float32) + np.eye(3, dtype=np.float32)
+    found, assignment = kmeans.lloyd([frames], np.vstack([nine, four, far]), 1)
+    more, less = 1 + np.array([1, -1, 1]) / 1024, 1 - np.array([1, -1, 1]) / 1024
+    expected = [nine * less * less, four * less, nine * more, nine * less * more, four * more]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len(assignment.labels) == 13
+
+
+def test_one_pass_tells_labels_and_squared_distances_of_centroids_that_stay():
+    frames = np.array([[0, 0], [3, 4], [10, 0]], np.float32)
+    found = kmeans.assign([frames], np.array([[10, 1], [0, 0]], np.float32))
+    assert found.labels.tolist() == [1, 1, 0]
+    assert found.labels.dtype == np.uint16
+    assert found.inertia == 0 + 25 + 1
+
+
+def test_a_job_with_a_gpu_searches_there(monkeypatch):
+    """On the first device that it sees, and with resources that live as long as the search."""
+    moved, resources = [], object()
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: resources, raising=False)
+
+    def move(*arguments):
+        moved.append(arguments[:2])
+        return arguments[2]
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", move, raising=False)
+    frames = blobs(50, seed=0)
+    kmeans.lloyd([frames], frames[:2], 3, gpus=1)
+    kmeans.assign([frames], frames[:2], gpus=1)
+    assert moved == [(resources, 0)] * 2
+    kmeans.lloyd([frames], frames[:2], 3)
+    kmeans.assign([frames], frames[:2])
+    assert len(moved) == 2
+
+
+def test_iterations_are_told_to_the_progress_display(monkeypatch):
+    made = []
+
+    class Meter:
+        def __init__(self, *arguments):
+            made.append([*arguments, 0])
+
+        def advance(self):
+            made[-1][-1] += 1
+
+    monkeypatch.setattr(kmeans, "Meter", Meter)
+    frames = blobs(400, seed=2)
+    kmeans.lloyd([frames], frames[:3], 4)
+    assert made == [["iteration", 4, 4]]
+
+
 def test_iterations_end_when_nothing_moves():
     frames, passes = blobs(400, seed=2), []
 
@@ -99,6 +157,69 @@ def test_initial_centroids_are_different_frames(size, seed, cut):
     found = kmeans.initial_centroids(np.split(frames, [cut]), 60, size, np.random.default_rng(seed))
     assert len(np.unique(found, axis=0)) == size
     assert {tuple(each) for each in found} <= {tuple(each) for each in frames}
+
+
+class Draws(np.random.RandomState):
+    """The draws of a generator, under the names that scikit-learn calls."""
+
+    def __init__(self, generator):
+        super().__init__(0)
+        self.generator = generator
+
+    def choice(self, count, p):
+        return int(self.generator.integers(count))
+
+    def uniform(self, size):
+        return self.generator.random(size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 40])
+def test_initial_centroids_are_those_of_scikit_learn_for_equal_draws(size):
+    frames = blobs(1000, seed=size)
+    found = kmeans.initial_centroids([frames], 1000, size, np.random.default_rng(5))
+    expected, _ = kmeans_plusplus(frames, size, random_state=Draws(np.random.default_rng(5)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_initial_centroids_of_frames_that_are_all_the_same():
+    """Every distance is 0, and a draw falls behind the last frame or on the first: no error, and that frame."""
+    found = kmeans.initial_centroids([np.ones((10, 2), np.float32)], 10, 3, np.random.default_rng(0))
+    assert found.tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize(("size", "among"), [(1, 16), (2, 32), (4, 64), (5, 64), (16, 64), (17, 17), (40, 40)])
+def test_initial_centroids_are_chosen_among_16_frames_each_within_bounds(monkeypatch, size, among):
+    """Here at most 64 and at least a quarter of that; more centroids than a quarter are random frames, not chosen."""
+    monkeypatch.setattr(kmeans, "_SEEDING", 64)
+    asked, sample = [], kmeans.sample
+
+    def noted(frames, n_frames, count, random):
+        asked.append((n_frames, count))
+        return sample(frames, n_frames, count, random)
+
+    monkeypatch.setattr(kmeans, "sample", noted)
+    frames = blobs(100, seed=0)
+    found = kmeans.initial_centroids([frames], 100, size, np.random.default_rng(3))
+    assert asked == [(100, among)]
+    assert len(found) == size
+    in_order = np.array_equal(found, sample([frames], 100, size, np.random.default_rng(3)))
+    assert in_order == (size > 16)
+
+
+@given(size=st.integers(1, 70), seed=st.integers(0, 50), cuts=st.lists(st.integers(0, 60), max_size=4))
+def test_a_sample_is_of_different_frames_in_their_order(size, seed, cuts):
+    frames = np.arange(120, dtype="f2").reshape(60, 2)
+    found = kmeans.sample(np.split(frames, sorted(cuts)), 60, size, np.random.default_rng(seed))
+    assert found.dtype == np.float32
+    assert len(found) == min(size, 60)
+    assert (np.diff(found[:, 0]) > 0).all()
+    assert {tuple(each) for each in found} <= {tuple(each) for each in frames.astype("f4")}
+
+
+def test_every_frame_is_as_likely_in_a_sample():
+    frames, random = np.arange(20, dtype="f4")[:, None], np.random.default_rng(0)
+    drawn = np.concatenate([kmeans.sample([frames], 20, 5, random) for _ in range(2000)]).astype(int)
+    assert np.bincount(drawn.ravel(), minlength=20) == pytest.approx(np.full(20, 500), abs=100)
 
 
 def test_clusters_that_lie_apart_are_all_found():
