@@ -73,6 +73,31 @@ def test_gpus(tmp_path, monkeypatch, devices, told, driver, state, text):
     assert (finding.state, finding.text) == (state, text)
 
 
+def test_a_torch_that_cannot_be_imported(tmp_path, monkeypatch):
+    def failing(command, **_):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    assert found("GPU", tmp_path) == Finding("GPU", State.MISSING, "torch cannot be imported", "make setup")
+
+
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert found("packages", tmp_path) == Finding(
+        "packages", State.MISSING, "gmp-atl is not installed for this Python", "make setup"
+    )
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    finding = found("disk", tmp_path)
+    assert (finding.state, finding.text) == (State.MISSING, f"{tmp_path} may not be written to")
+
+
 def test_a_corpus_that_is_not_there(tmp_path):
     finding = found("corpus", tmp_path, corpus={"reader": "iemocap", "root": str(tmp_path / "release")})
     assert finding.state is State.MISSING

@@ -96,6 +96,27 @@ def test_no_device_is_an_error(pool: str, monkeypatch: pytest.MonkeyPatch) -> No
         take_gpu()
 
 
+@pytest.mark.parametrize(("listed", "taken"), [("echo GPU-1; echo GPU-2", "GPU-1"), ("exit 9", None)])
+def test_devices_that_are_not_named_are_those_of_nvidia_smi(
+    listed: str, taken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{listed}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    # Set first, so that it is taken back after the test: a lease changes the environment for good.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(leases, "_held", [])
+    if taken is None:
+        with pytest.raises(UserError, match="workflow/profiles/cpu"):
+            take_gpu(timeout=0)
+    else:
+        take_gpu(timeout=0)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
+        for descriptor in leases._held:
+            os.close(descriptor)
+
+
 @pytest.mark.parametrize("pool", ["2", "", None])
 def test_a_slurm_job_with_one_device_or_none_leases_nothing(
     pool: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

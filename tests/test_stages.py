@@ -225,6 +225,18 @@ def test_layer_features_are_those_of_each_clip_alone_in_half_precision(stages, t
             np.testing.assert_allclose(frames, expected, atol=1e-5, rtol=1e-3)
 
 
+def test_a_layer_that_half_precision_cannot_hold_is_named(stages, monkeypatch):
+    """As of an encoder that has diverged."""
+    hidden_states = Encoder.hidden_states
+
+    def loud(*arguments: Any) -> dict[int, torch.Tensor]:
+        return {layer: 1e5 * hidden for layer, hidden in hidden_states(*arguments).items()}
+
+    monkeypatch.setattr(Encoder, "hidden_states", loud)
+    with pytest.raises(UserError, match=r"^Layer -3 exceeds the range of float16; the encoder has diverged\.$"):
+        stages.layer_features(stages.inputs.encoder, -3)
+
+
 # Stage 1.
 
 
@@ -391,6 +403,13 @@ def test_predictions_are_those_of_each_held_out_clip_alone(stages, loss):
         assert row["label"] in row["id"]
         assert f"_{row['gender']}_" in row["id"]
     assert (metadata["loss"], metadata["selection"], metadata["layer"]) == (loss, "last", None)
+
+
+def test_a_model_of_another_loss_or_of_other_classes_is_refused(stages):
+    model = stages.finetuning({"finetuning.epochs": 1})
+    for changes, others in ({}, {"loss": "ce"}), ({"classes": ["sad", "angry"]}, {}):
+        with pytest.raises(UserError, match=f"^{model.folder} is not the model that the config describes"):
+            stages.evaluation(model, changes, **others)
 
 
 def test_testing_takes_no_margin(stages):

@@ -126,6 +126,20 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [(["bored"], "label 'bored' is not one of angry, happy, neutral, sad."), ([], "holds no prediction; delete it")],
+)
+def test_predictions_that_cannot_be_counted_are_refused(run, labels, told):
+    path = run.predict(1, 0, [10] * 4)
+    table, metadata = PREDICTIONS.read(path)
+    del metadata["format"], metadata["version"]
+    table = table.slice(0, len(labels)).set_column(4, "label", pa.array(labels, pa.string()))
+    PREDICTIONS.write(path, table.cast(PREDICTIONS.schema), **metadata)
+    with pytest.raises(UserError, match=rf"^{path}:? {told}"):
+        run.tables()
+
+
 def fill(run: Run, **header: Any) -> None:
     """The main row: recalls of 70 and 80 % in the folds, one point more with seed 1 in the first class."""
     for fold, seed in itertools.product((1, 2), (0, 1)):

@@ -1,0 +1,95 @@
+"""Settings that contradict each other are refused before a job starts, and the message names them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from conftest import SETTINGS
+
+from gmp_atl import config
+from gmp_atl.errors import UserError
+
+CHANGEABLE = "keys of clustering, finetuning, head, multitask, retraining"
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """The tests' settings with other values for dotted keys."""
+    settings = copy.deepcopy(SETTINGS)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = settings
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"folds.held_out": [["S1", "S2"], ["S3", "S2", "S1"]]},
+            "folds: Value error, held_out names S1, S2 more than once: folds must not overlap",
+        ),
+        (
+            {"encoder.scratch.hidden_size": 40},
+            "encoder.scratch: Value error, hidden_size must be a multiple of heads and of 16",
+        ),
+        (
+            {"encoder.scratch.heads": 3},
+            "encoder.scratch: Value error, hidden_size must be a multiple of heads and of 16",
+        ),
+        ({"encoder": {"source": "hub", "name": "x"}}, "encoder: Value error, source: hub needs name and revision"),
+        (
+            {"encoder": {"source": "hub", "name": "x", "revision": "main"}},
+            "encoder: Value error, revision must be a full 40-digit commit, not a branch or tag",
+        ),
+        ({"encoder": {"source": "directory"}}, "encoder: Value error, source: directory needs path"),
+        ({"clustering.sizes": [4, 8, 4]}, "clustering: Value error, sizes names a codebook twice"),
+        ({"seeds": [1, 0, 1]}, "config: Value error, seeds names a seed twice"),
+        ({"classes": ["sad", "sad"]}, "config: Value error, classes names an emotion twice"),
+        (
+            {"folds.held_out": [["S1"], ["S2"]], "finetuning.selection": "held_out_training_group"},
+            "config: Value error, finetuning.selection: held_out_training_group needs at least three folds",
+        ),
+        (
+            {"ablations": {"main": {"head": {"projection": 16}}}},
+            "config: Value error, ablations.main: 'main' is the name of the config itself",
+        ),
+        (
+            {"ablations": {"none": {}}},
+            f"config: Value error, ablations.none must change {CHANGEABLE}",
+        ),
+        (
+            {"ablations": {"other": {"seeds": [1], "classes": ["sad"]}}},
+            f"config: Value error, ablations.other must change {CHANGEABLE}, not classes, seeds",
+        ),
+        (
+            {"ablations": {"two": {"clustering": {"sizes": [3, 3]}}}},
+            "ablations.two: clustering: Value error, sizes names a codebook twice",
+        ),
+    ],
+)
+def test_contradictions_are_told_with_their_key(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.parse(changed(changes))
+    first, problem, hint = str(error.value).splitlines()
+    assert first == "The config is not valid:"
+    assert problem == f"  {told}"
+    assert "docs/config.md" in hint
+
+
+def test_a_corpus_that_is_not_made_needs_a_root() -> None:
+    with pytest.raises(UserError, match=r"corpus\.root is needed: where is the corpus\?"):
+        config.parse(changed({"corpus": {"reader": "emodb"}}))
+
+
+def test_no_more_than_twenty_problems_are_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        config.parse(SETTINGS | {f"unknown{n}": n for n in range(23)})
+    lines = str(error.value).splitlines()
+    assert lines[1] == "  unknown0: Extra inputs are not permitted (found 0)"
+    assert lines[21] == "  ... and 3 more"
+    assert len(lines) == 23
