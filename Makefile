@@ -23,13 +23,18 @@ PIP_AUDIT := .venv/pip-audit-$(PIP_AUDIT_VERSION)/pip_audit
 # One resolution for the platform that is supported, wherever it is made.
 COMPILE := $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+MUTMUT_VERSION := 3.8.1
+MUTMUT := .venv/mutmut-$(MUTMUT_VERSION)/mutmut
+RUN_MUTMUT := PYTHONPATH=$(CURDIR)/$(dir $(MUTMUT)) python -m mutmut
+COVERAGE_VERSION := 7.17.5
+COVERAGE := .venv/.coverage-$(COVERAGE_VERSION)
 GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo report archive tables test test-heavy test-faults test-slurm test-conda bench lint format lock
-.PHONY: envs reference licences audit clean
+.PHONY: help setup opensmile demo report archive tables test test-heavy test-faults test-slurm test-conda mutants coverage
+.PHONY: bench lint format lock envs reference licences audit clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -111,6 +116,28 @@ test-conda: opensmile .venv/.conda  ## test the rules' Conda environments; 13 GB
 
 .venv/.conda: requirements/conda.lock $(INSTALLED)
 	@$(PIP) install --quiet --no-deps --require-hashes -r requirements/conda.lock
+	@touch $@
+
+# mutmut keeps results, but does not follow changes of tests: all is tried anew. With one thread, since mutants run in
+# forked processes, which would wait for threads that they lack.
+mutants: setup $(MUTMUT)  ## put a thousand faults into losses, masking, folds, metrics and clustering, for tests to find
+	@rm -rf mutants
+	@OMP_NUM_THREADS=1 $(RUN_MUTMUT) run --max-children $(WORKERS)
+	@$(RUN_MUTMUT) results --all true | python tools/mutants.py
+
+$(MUTMUT): | .venv/bin/python
+	$(PIP) install --quiet --target $(dir $(MUTMUT)) mutmut==$(MUTMUT_VERSION)
+
+coverage: setup $(COVERAGE)  ## run the tests and tell which lines and branches of the package they reach
+	@rm -f .coverage .coverage.*
+	@python -m coverage run -m pytest -n $(WORKERS) --dist loadfile
+	@python -m coverage combine --quiet
+	@python -m coverage report --show-missing --skip-covered
+	@python -m coverage json --quiet -o - | python tools/coverage_floors.py
+
+# In .venv itself: only what site-packages holds is imported by every Python, the jobs of the workflow among them.
+$(COVERAGE): | .venv/bin/python
+	$(PIP) install --quiet --no-deps coverage==$(COVERAGE_VERSION)
 	@touch $@
 
 bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour
