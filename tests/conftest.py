@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from gmp_atl import audio
 from gmp_atl import config as configs
@@ -27,6 +27,8 @@ torch.set_num_threads(1)
 # The same examples in every run, and no verdict from a clock: a busy machine must not fail a test.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+# make mutants: any example that fails will do, and to look for the smallest takes minutes.
+settings.register_profile("mutants", settings.get_profile("suite"), phases=[Phase.explicit, Phase.generate])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -57,7 +57,10 @@ def read_centroids(path: Path) -> tuple[np.ndarray, dict]:
 
 
 def read_labels(path: Path) -> dict[str, np.ndarray]:
-    return {row["id"]: np.array(row["labels"]) for row in PSEUDO_LABELS.read(path)[0].to_pylist()}
+    rows = PSEUDO_LABELS.read(path)[0].to_pylist()
+    found = {row["id"]: np.array(row["labels"]) for row in rows}
+    assert len(found) == len(rows), "no clip comes twice"
+    return found
 
 
 def read_frames(path: Path) -> dict[str, np.ndarray]:
