@@ -154,7 +154,9 @@ def test_draws_are_a_function_of_seed_fold_layer_and_size(stages, features, algo
     else:
         model = MiniBatchKMeans(8, batch_size=10_000, max_iter=3, n_init=1, random_state=seed % 2**32)
         expected = model.fit(frames).cluster_centers_
-    np.testing.assert_array_equal(read_centroids(codebook.centroids)[0], expected.astype(np.float32))
+    found, _ = read_centroids(codebook.centroids)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
 def test_a_codebook_says_where_it_comes_from(stages, features, caplog):
@@ -183,15 +185,15 @@ def test_the_transductive_reading_fits_on_all_clips_and_labels_those_of_training
 
 
 def test_statistics_of_uneven_clusters(stages, features, monkeypatch):
-    """One of a single frame and one of none, which k-means would fill: by hand."""
+    """One of a single frame and three of none, which k-means would fill: by hand."""
     labels = np.array([0] * 39 + [2], np.uint16)
     monkeypatch.setattr(kmeans, "lloyd", lambda _, initial, *__: (initial, kmeans.Assignment(labels, 80.0)))
-    statistics = read_centroids(stages.clustering(features(5), 3).centroids)[1]["statistics"]
+    statistics = read_centroids(stages.clustering(features(5), 5).centroids)[1]["statistics"]
     assert statistics.pop("perplexity") == pytest.approx(40 / 39 ** (39 / 40))
     assert statistics == {
         "inertia_per_frame": 2,
-        "frames_per_centroid": 40 / 3,
-        "empty_clusters": 1,
+        "frames_per_centroid": 8,
+        "empty_clusters": 3,
         "smallest_cluster": 0,
         "largest_cluster": 39,
     }
