@@ -183,5 +183,5 @@ $(PIP_AUDIT): | .venv/bin/python
 	$(PIP) install --quiet --target $(dir $(PIP_AUDIT)) pip-audit==$(PIP_AUDIT_VERSION)
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf .venv .venv-tables .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-tables .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* mutants src/*.egg-info
 	find src tests tools -name __pycache__ -prune -exec rm -rf {} +
