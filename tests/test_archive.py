@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tables import BLOCKER, Run, fill
 
+from gmp_atl import cli
 from gmp_atl.errors import UserError
 from gmp_atl.stages.archive import MANIFEST, archive, compare, restore
 from gmp_atl.stages.figures import figures
@@ -73,6 +74,14 @@ def test_tables_of_an_archive_are_byte_for_byte_those_of_the_run(run, packed, tm
     n = len(contents(run.output)) + len(contents(run.output.parent / "figures"))
     assert f"{n} tables and figures" in done.stdout
     assert "These differ" not in done.stdout
+
+
+def test_tables_that_other_versions_make_otherwise_are_named(packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gmp_atl.stages.archive.compare", lambda _: (7, ["tables/table1.csv"]))
+    assert cli.main(["restore", str(packed), "--output", str(tmp_path / "restored")]) == 0
+    told = capsys.readouterr().out
+    assert "7 tables and figures in" in told
+    assert told.endswith("as other versions of gmp-atl or of its packages make them: tables/table1.csv\n")
 
 
 def test_a_table_that_comes_out_otherwise_is_named(packed, tmp_path):

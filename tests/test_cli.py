@@ -45,3 +45,11 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["trian"])
     assert end.value.code == 2
     assert "'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "long"])
+def test_what_is_no_length_of_time_is_refused(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["predict", "model", "a.wav", f"--window={seconds}"])
+    assert end.value.code == 2
+    assert f"argument --window: invalid positive number value: '{seconds}'" in capsys.readouterr().err

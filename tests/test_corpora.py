@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gmp_atl.config import CorpusSlice
 from gmp_atl.corpora import Corpus, emodb, iemocap, manifest, read_corpus
 from gmp_atl.corpora.synthetic import synthesise
-from gmp_atl.errors import UserError
+from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES
 from gmp_atl.stages.corpus import corpus as corpus_stage
 from gmp_atl.stages.synthesis import synthesis
@@ -350,6 +350,17 @@ def test_manifest(own: Path, suffix: str) -> None:
     assert found.excluded == {"c": "label bored is not used", "gone": "label without audio"}
 
 
+def test_blank_lines_and_categories_of_a_manifest_change_nothing(own: Path) -> None:
+    """Editors leave the ones, and pandas writes the others."""
+    plain = read_corpus("manifest", write_manifest(own / "own.csv", ROWS), FOUR)
+    (own / "own.csv").write_text((own / "own.csv").read_text().replace("\n", "\n\n"))
+    assert read_corpus("manifest", own / "own.csv", FOUR) == plain
+    table = pa.Table.from_pylist(ROWS)
+    categories = [column.dictionary_encode() for column in table.columns]
+    pq.write_table(pa.table(categories, names=table.column_names), own / "own.parquet")
+    assert read_corpus("manifest", own / "own.parquet", FOUR) == plain
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_manifest_with_ids_and_sessions(own: Path, suffix: str) -> None:
     rows = [{**row, "id": f"u{n}", "session": 1, "note": None} for n, row in enumerate(ROWS)]
@@ -500,6 +511,18 @@ def test_stage_excludes_clips_that_cannot_be_used(own: Path, tmp_path: Path, cap
     assert "shorter" in reasons["short"]
     assert "cannot be decoded" in reasons["broken"]
     assert "1 clips have several channels" in caplog.text
+
+
+def test_stage_keeps_clipped_clips_and_tells_them(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names, loud = [f"loud{n}" for n in range(4)], np.sign(np.sin(np.arange(800) / 9))
+    for name in names:
+        soundfile.write(own / f"{name}.wav", loud, 16_000)
+    more = [{**ROWS[0], "path": f"{name}.wav"} for name in names]
+    with caplog.at_level(NOTICE):
+        table, _ = run_stage(tmp_path, write_manifest(own / "own.csv", ROWS + more), "manifest", by="speaker")
+    assert {*names} <= {*table["id"].to_pylist()}
+    told = "4 clips are kept of which over 1 % is at full scale: loud0, loud1, loud2, ..."
+    assert told in caplog.messages
 
 
 def test_stage_needs_every_class(own: Path, tmp_path: Path) -> None:
