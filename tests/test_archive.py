@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -245,3 +246,15 @@ def test_any_other_zip_is_refused(tmp_path):
     (tmp_path / "other.zip").write_bytes(stream.getvalue())
     with pytest.raises(UserError, match=r"without manifest\.json: no archive of gmp-atl"):
         restore(tmp_path / "other.zip", tmp_path / "restored")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_run_in_the_repository_makes_the_figures_that_the_page_of_results_has(tmp_path):
+    config = restore(ROOT / "results" / "reference" / "emodb.zip", tmp_path)
+    tables(config=config, evaluations=tmp_path / "evaluations", output=tmp_path / "tables")
+    made = "".join(path.read_text() for path in sorted((tmp_path / "tables").glob("table*.md")))
+    told = re.findall(r"\d+\.\d ±\d+\.\d", (ROOT / "docs" / "results.md").read_text())
+    assert len(told) == 2 * 12
+    assert {figure for figure in told if figure not in made} == set()

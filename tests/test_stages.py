@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmp_atl import classifier
+from gmp_atl import config as configs
 from gmp_atl import encoder as encoders
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips, collate, random_crops, within_budget
@@ -79,6 +80,18 @@ def test_every_source_of_equal_weights_gives_equal_weights_and_an_equal_digest(s
     assert len(digests) == 1
     assert len(digests.pop()) == 12
     assert all(metadata["fitted_on"] == [] for metadata in (of_scratch, of_folder, of_archive))
+
+
+def test_the_packaged_encoder_is_small_complete_and_tells_how_it_was_made(stages, tmp_path):
+    weights, metadata = prepared(stages, tmp_path, source="packaged")
+    assert metadata["encoder"].startswith("hubert-small of gmp-atl, sha256 ")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+    assert (configs.PACKAGED_ENCODER / "model.safetensors").stat().st_size <= 10e6
+    card = (configs.PACKAGED_ENCODER / "README.md").read_text()
+    assert "CC BY 4.0" in card
+    assert "Apache-2.0" in card
+    architecture = encoders.load(tmp_path)[0].architecture
+    assert (architecture.num_hidden_layers, architecture.hidden_size) == (12, 192)
 
 
 def test_an_archive_is_opened_only_if_it_is_pinned(stages, archive, tmp_path):

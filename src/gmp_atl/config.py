@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from gmp_atl.errors import UserError
 
+PACKAGED_ENCODER = Path(__file__).parent / "encoders" / "hubert-small"
+"""A small HuBERT: config.json, model.safetensors in half precision, and a card that says how it was made."""
 GENDERS = ("female", "male")
 _PROBLEMS = 20  # told at once
 _BRIEF = reprlib.Repr()  # of what was found instead of a setting: a nested value may be as large as it likes

@@ -17,7 +17,7 @@ import yaml
 
 from gmp_atl import config as configs
 from gmp_atl import config_files
-from gmp_atl.config import Config, EncoderConfig
+from gmp_atl.config import PACKAGED_ENCODER, Config, EncoderConfig
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
 
@@ -176,17 +176,18 @@ def _encoder(config: EncoderConfig) -> Finding:
         return Finding("encoder", State.OK, "random weights, made by the run")
     if config.source == "hub":
         return _hub_encoder(str(config.name), str(config.revision))
-    assert config.path is not None  # the config has checked
+    folder = PACKAGED_ENCODER if config.source == "packaged" else config.path
+    assert folder is not None  # the config has checked
     weights = _WEIGHTS if config.sha256 else _WEIGHTS[:1]
     absent = [
         " or ".join(names)
         for names in (("config.json",), weights)
-        if not any((config.path / name).is_file() for name in names)
+        if not any((folder / name).is_file() for name in names)
     ]
     if absent:
-        text = f"{config.path} lacks {' and '.join(absent)}"
+        text = f"{folder} lacks {' and '.join(absent)}"
         return Finding("encoder", State.MISSING, text, "encoder.path is a folder of a HuBERT as transformers saves it")
-    return Finding("encoder", State.OK, str(config.path))
+    return Finding("encoder", State.OK, str(folder))
 
 
 def _hub_encoder(name: str, revision: str) -> Finding:
@@ -210,13 +211,13 @@ def _hub_encoder(name: str, revision: str) -> Finding:
 
 
 def _disk(config: Config) -> Finding:
-    """Room for results, without ablations; nothing is asked of a small random encoder."""
+    """Room for results, without ablations; little is needed for a small encoder."""
     folder = Path("results").resolve() if Path("results").exists() else Path.cwd()
     if not os.access(folder, os.W_OK):
         return Finding("disk", State.MISSING, f"{folder} may not be written to", "run in a folder of your own")
     free = shutil.disk_usage(folder).free / 1e9
     models = len(config.seeds) * len(config.folds.held_out) * (4 + 2 * len(config.tables.layers))
-    needed = 1.0 if config.encoder.source == "scratch" else _OTHER_GB + _MODEL_GB * models
+    needed = 1.0 if config.encoder.source in ("scratch", "packaged") else _OTHER_GB + _MODEL_GB * models
     text = f"{free:.0f} GB free at {folder}; a run without ablations takes about {needed:.0f} GB"
     if free < needed:
         return Finding("disk", State.MISSING, text, "make results a link to a larger disk, or run fewer seeds at once")

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from gmp_atl import encoder as encoders
-from gmp_atl.config import EncoderConfig, EncoderSlice
+from gmp_atl.config import PACKAGED_ENCODER, EncoderConfig, EncoderSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.formats import Output, sha256
 
 log = logging.getLogger(__name__)
-PACKAGED = Path(__file__).parents[1] / "encoders" / "hubert-small"
-"""A small HuBERT: config.json, model.safetensors in half precision, and a card that says how it was made."""
 
 
 def pretrained(*, config: EncoderSlice, output: Output) -> None:
@@ -32,7 +30,7 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
         encoder = encoders.from_scratch(scratch)
         description = f"random HuBERT, {scratch.layers} x {scratch.hidden_size}, seed {scratch.seed}"
     elif settings.source == "packaged":
-        encoder, description = _from_folder(PACKAGED, settings), f"{PACKAGED.name} of gmp-atl"
+        encoder, description = _from_folder(PACKAGED_ENCODER, settings), f"{PACKAGED_ENCODER.name} of gmp-atl"
     elif settings.source == "directory":
         assert settings.path is not None  # the config has checked
         encoder, description = _from_folder(settings.path, settings), settings.path.name
