@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import Stages
 
+from gmp_atl import clips
 from gmp_atl import encoder as encoders
+from gmp_atl.encoder import Encoder, PositionEmbedding
 from gmp_atl.formats import LAYER_FEATURES, read_features
 
 pytestmark = [
@@ -23,6 +28,28 @@ def test_layer_features_are_those_of_the_cpu(stages: Stages) -> None:
         found, _ = read_features(LAYER_FEATURES, path, set(stages.inputs.ids("S2", "S3")))
         frames.append(np.concatenate([found[utterance] for utterance in sorted(found)]).astype(np.float32))
     np.testing.assert_allclose(frames[0], frames[1], atol=5e-3)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_local_features_are_those_of_the_cpu(tiny_encoder: Encoder, norm: str) -> None:
+    encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm)).eval()
+    random = np.random.default_rng(0)
+    waves = [random.normal(0, 0.1, length).astype(np.float32) for length in (400, 9000, 5000)]
+    found = [
+        clips.local_features(encoder.to(device), waves, [Path("noise")] * 3, normalise=False)
+        for device in ("cpu", "cuda")
+    ]
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        np.testing.assert_allclose(on_cpu.astype(np.float32), on_gpu.astype(np.float32), atol=5e-3)
+
+
+def test_positions_of_wide_groups_are_those_of_the_cpu(tiny_encoder: Encoder) -> None:
+    """On a GPU they are computed by Fourier transform."""
+    positions = PositionEmbedding(replace(tiny_encoder.architecture, num_conv_pos_embedding_groups=2)).eval()
+    hidden = torch.randn(2, 70, tiny_encoder.architecture.hidden_size)
+    with torch.inference_mode():
+        on_cpu, on_gpu = positions(hidden), positions.cuda()(hidden.cuda()).cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
