@@ -33,7 +33,7 @@ GPU := $(shell nvidia-smi --list-gpus 2> /dev/null | grep GPU)
 # A reader who has an archive needs no torch: without the whole environment, a small one is made.
 LIGHT := $(if $(wildcard $(INSTALLED)),,.venv-tables/)
 
-.PHONY: help setup opensmile demo report archive tables test test-heavy test-faults test-slurm test-conda mutants coverage
+.PHONY: help setup opensmile demo report archive tables test test-heavy test-soak test-faults test-slurm test-conda mutants coverage
 .PHONY: bench lint format lock envs reference licences audit clean
 
 help:  ## list the targets
@@ -104,6 +104,9 @@ test: setup  ## run the tests
 
 test-heavy: setup  ## try a hundred times as many bad files, and a manifest of a million rows; takes an hour
 	@FUZZ_EXAMPLES=1500 python -m pytest -m "heavy or not heavy" tests/test_bad_input.py
+
+test-soak: setup  ## ten seeds in one results folder, with memory, files and disk watched; takes a quarter of an hour
+	@python -m pytest -m heavy -s tests/test_soak.py
 
 test-faults: opensmile  ## kill, stop and starve every stage, again and again; as root, for full disks; hours
 	@FAULT_TRIALS=$(or $(TRIALS),20) python -m pytest tests/test_faults.py

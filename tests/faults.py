@@ -29,6 +29,7 @@ PRELOADED = [
         for stage in ("examples", "figures", "layer_features", "local_features", "multitask", "pretrained")
     ),
     *(f"gmp_atl.stages.{stage}" for stage in ("retraining", "synthesis", "tables", "clustering", "finetuning")),
+    *(f"gmp_atl.stages.{stage}" for stage in ("speech", "mfcc", "pretraining", "probe", "probes", "pretrain")),
     *("gmp_atl.cli", "gmp_atl.provenance", "matplotlib.figure", "matplotlib.backends.backend_svg"),
     *("sklearn.impute", "sklearn.pipeline", "sklearn.preprocessing", "sklearn.svm"),
     *("opensmile", "pyarrow.pandas_compat", "pydantic.dataclasses", "faults"),

@@ -42,7 +42,10 @@ EXPANDED = {
     "make bench": HOURS,
     "make demo OPENSMILE=0": "nothing but `make demo`",
     "make lint": "a minute; CI runs it",
+    "make coverage": "the network, and many minutes",
     "make lock": NETWORK,
+    "make mutants": "the network, and many minutes",
+    "make tables FROM=results/reference/emodb.zip": "nothing but `make tables FROM=results/demo/demo.zip`",
     "make opensmile": NETWORK,
     "make report PRESET=emodb": "a run on EmoDB",
     "make setup": NETWORK,
@@ -51,6 +54,7 @@ EXPANDED = {
     "make test-conda": "13 GB and many minutes",
     "make test-faults": HOURS,
     "make test-heavy": HOURS,
+    "make test-soak": HOURS,
     "make test-slurm": "root and the network; CI runs it",
 }
 """What is needed by targets of which make only prints all commands here."""
@@ -72,17 +76,20 @@ PLANNED = {
         "snakemake --cores all --resources gpu=4",
     ],
     "another corpus and hours": [
-        f"snakemake --cores 2 --configfile presets/emodb.yaml --config corpus='{{root: PATH}}' {CPU}",
         "snakemake --cores all --configfile presets/emodb.yaml",
         "snakemake --cores all --configfile presets/emodb.yaml --config corpus='{root: PATH}'",
         "snakemake --cores all --configfile presets/manifest.yaml",
         "snakemake --cores all --configfile presets/ravdess.yaml --config corpus='{root: PATH}'",
     ],
+    "speech, a GPU and minutes": [
+        "snakemake pretrain --cores all --configfile presets/pretrain.yaml",
+        "snakemake probes --cores all --configfile presets/pretrain.yaml",
+    ],
     SLURM: ["snakemake --workflow-profile workflow/profiles/slurm"],
 }
 """What is needed by runs of which only the plan is made here, of every table."""
 IMPORTED = "tests/test_commands.py::test_benchmark_can_be_imported"
-BENCHMARKS = ["checkpoint", "dry_run", "extraction", "kmeans_fit", "labels", "scale", "storage", "training"]
+BENCHMARKS = ["checkpoint", "dry_run", "extraction", "gpu", "kmeans_fit", "labels", "scale", "storage", "training"]
 INSTEAD = {
     "make envs": ("openSMILE", "tests/test_environments.py::test_environment_is_up_to_date"),
     "FUZZ_EXAMPLES=200 python -m pytest tests/test_bad_input.py": ("minutes", "tests/test_bad_input.py"),

@@ -32,8 +32,8 @@ from faults import PRELOADED, Fault, job
 
 from gmp_atl import cli
 from gmp_atl import config as configs
-from gmp_atl.encoder import load_tensors
-from gmp_atl.formats import FUNCTIONALS
+from gmp_atl.encoder import MFCC, load_tensors, n_frames
+from gmp_atl.formats import FUNCTIONALS, PSEUDO_LABELS, UTTERANCES
 from gmp_atl.provenance import Record
 
 TRIALS = int(os.environ.get("FAULT_TRIALS", "0"))
@@ -141,6 +141,12 @@ NEEDS: dict[str, list[str]] = {
     "tables": ["evaluation", "cluster_statistics", "baseline", "examples"],
     "figures": ["evaluation", "cluster_statistics", "baseline", "examples"],
     "archive": ["tables", "figures"],
+    "speech": [],
+    "mfcc": ["speech"],
+    "pretraining": ["speech"],
+    "probe": ["local_features"],
+    "probes": ["probe", "pretraining"],
+    "pretrain": ["pretraining"],
 }
 
 
@@ -161,7 +167,17 @@ def gather(bench: Bench) -> None:
         shutil.copy(bench.folder / stage / made.get(name, Path(name).name), target)
 
 
-PREPARE: dict[str, Callable[[Bench], None]] = {"tables": gather, "figures": gather}
+def label(bench: Bench) -> None:
+    """Pseudo-labels of the speech, at random."""
+    rows = UTTERANCES.read(bench.folder / "speech" / "utterances.parquet")[0].to_pylist()
+    draws, ids = np.random.default_rng(0), [row["id"] for row in rows]
+    labels = [draws.integers(0, 4, n_frames(row["n_samples"])).astype(np.uint16) for row in rows]
+    table = pa.table([ids, labels], schema=PSEUDO_LABELS.schema)
+    header = {"layer": 0, "size": 4, "encoder": MFCC, "fitted_on": ids}
+    PSEUDO_LABELS.write(bench.folder / "speech_labels.parquet", table, **header)
+
+
+PREPARE: dict[str, Callable[[Bench], None]] = {"tables": gather, "figures": gather, "pretraining": label}
 
 
 def made_release(folder: Path) -> Path:
@@ -191,6 +207,9 @@ def made_jobs(folder: Path) -> dict[str, Job]:
     """One job of each stage, on fold 1."""
     manifest = made_release(folder)
     settings = {**SETTINGS, "corpus": {"reader": "manifest", "root": str(manifest)}, "clustering": {"sizes": [4]}}
+    iteration = {"layer": 0, "sizes": [4], "updates": 3, "optimisation": {"batch_size": 4, "max_clip_seconds": 0.5}}
+    settings["pretraining"] = {"speech": str(manifest), "attribution": ["noise"], "iterations": [iteration]}
+    settings["pretraining"] |= {"probes": [1], "projection": 8}
     config = configs.parse(settings | {"tables": {"layer": -3, "layers": [-3]}})
 
     def slice_of(stage: str) -> dict[str, Any]:
@@ -205,6 +224,8 @@ def made_jobs(folder: Path) -> dict[str, Job]:
     trained = {"output": "model", "history": "history.parquet", "checkpoint": "model/checkpoint.safetensors"}
     layer, made = {"layer": -3}, {"evaluations": folder / "evaluations"}
     pretrained, labels = {"encoder": at("pretrained", "model")}, at("clustering", "labels.parquet")
+    heard = {"utterances": at("speech", "utterances.parquet"), "audio-root": at("speech", "audio")}
+    history = {"histories": at("pretraining", "history.parquet")}
     described = {"variant": "main", "gmps": -3, "loss": "ams", "fit-on": "training"}
     jobs = [
         Job("synthesis", {}, {"output": "release/index.csv"}),
@@ -273,6 +294,29 @@ def made_jobs(folder: Path) -> dict[str, Job]:
             "archive",
             {**slice_of("tables"), **made, "tables": at("tables", "tables"), "figures": at("figures", "figures")},
             {"output": "run.zip"},
+        ),
+        Job(
+            "speech",
+            {"manifest": manifest, "speeds": 1.1},
+            {"audio-root": "audio", "utterances": "utterances.parquet", "excluded": "excluded.parquet"},
+        ),
+        Job("mfcc", heard, {"output": "features.parquet"}),
+        Job(
+            "pretraining",
+            {**slice_of("pretraining"), **heard, **seed, "pseudo-labels": folder / "speech_labels.parquet"},
+            {"output": "encoders", "history": "history.parquet", "checkpoint": "checkpoint.safetensors"},
+        ),
+        Job(
+            "probe",
+            {**slice_of("probe"), **utterances, **pretrained, "local-features": features["local-features"]},
+            {"output": "probes.parquet"},
+        ),
+        Job("probes", {"names": "random", "probes": at("probe", "probes.parquet"), **history}, {"output": "made"}),
+        Job(
+            "pretrain",
+            {**slice_of("pretraining"), **history, "utterances": heard["utterances"]}
+            | {"encoder": at("pretraining", "encoders/last")},
+            {"output": "encoder"},
         ),
     ]
     return {each.stage: each for each in jobs}

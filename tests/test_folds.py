@@ -105,13 +105,20 @@ def test_an_utterance_in_no_session_is_no_fold(tmp_path, write_utterances):
         training_split(path, FoldsConfig(by="session", held_out=[["A"], ["B"]]), 1)
 
 
-@pytest.mark.parametrize("fold", [0, 4])
+@pytest.mark.parametrize("fold", [-1, 4])
 def test_a_fold_that_there_is_not_is_refused(inputs, fold):
     folds = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
     for split in (training_split, held_out_split):
         with pytest.raises(UserError) as told:
             split(inputs.utterances, folds, fold)
         assert str(told.value) == f"There is no fold {fold}: folds.held_out has groups for folds 1 to 3."
+
+
+def test_fold_0_trains_on_everything_and_is_tested_on_nothing(inputs):
+    folds = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
+    assert training_split(inputs.utterances, folds, 0).ids == list(inputs.frames)
+    with pytest.raises(UserError, match="There is no fold 0"):
+        held_out_split(inputs.utterances, folds, 0)
 
 
 def test_what_is_wrong_with_folds_is_told_in_full():

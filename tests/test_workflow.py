@@ -122,7 +122,7 @@ def corpora(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("preset", "folds", "seeds", "layers"),
-    [("demo", 5, 1, 3), (None, 5, 3, 8), ("emodb", 5, 1, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
+    [("demo", 5, 1, 3), (None, 5, 3, 8), ("emodb", 5, 3, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
 )
 def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds: int, seeds: int, layers: int) -> None:
     config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
@@ -449,6 +449,9 @@ def test_a_run_that_is_stopped_in_any_way_goes_on_and_ends_with_the_same_tables(
     assert "stopped by SIGTERM after update" in run.log
     run.stop(signal.SIGKILL)
     resumed.append(run.resumed_at())
+    refused = snakemake(tmp_path, config=run.config)  # as it would be while another run is in the folder
+    assert refused.returncode != 0
+    assert "cannot be locked" in refused.stderr
     unlock = snakemake(tmp_path, "--unlock", config=run.config)
     assert unlock.returncode == 0, unlock.stderr
     # On one core, and so in another order. The training process alone, as the kernel does when memory runs out.

@@ -260,7 +260,7 @@ class IterationConfig(Section):
 
 
 class PretrainingConfig(Section):
-    """An encoder of one's own, from random weights and speech without labels: `snakemake pretrain`."""
+    """An encoder of one's own, from random weights and speech without labels (docs/pretraining.md)."""
 
     speech: Path
     """Manifest, CSV or Parquet; of its columns, only `path` is read."""
@@ -348,7 +348,7 @@ class Config(Section):
     finetuning: FinetuningConfig = FinetuningConfig()
     tables: TablesConfig = TablesConfig()
     pretraining: PretrainingConfig | None = None
-    """How `snakemake pretrain` makes an encoder; no part of the experiment (docs/pretraining.md)."""
+    """How an encoder is made, which is no part of the experiment (docs/pretraining.md)."""
     ablations: dict[Name, dict[str, Any]] = {}
     """Extra rows: a name, and the keys (of multitask, clustering, retraining, finetuning, head) that it
     changes. Stages that a change does not reach are shared with the main run."""

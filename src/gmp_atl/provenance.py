@@ -39,7 +39,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     stage: str
-    job: dict[str, int | str | list[int] | None]
+    job: dict[str, int | str | list[int] | list[float] | list[str] | None]
     """Fold, seed, layer, ...: the stage's arguments that are neither files nor config."""
     config: dict[str, Any]
     """The slice of the config that the stage was given, but for what says where and how fast."""
@@ -217,7 +217,7 @@ def path_digest(path: Path) -> str:
 
 def _is_plain(value: Any) -> bool:
     items = value if isinstance(value, list) else [value]
-    return all(item is None or isinstance(item, (int, str)) for item in items)
+    return all(item is None or isinstance(item, (int, float, str)) for item in items)
 
 
 def _git(*arguments: str) -> str | None:

@@ -163,6 +163,7 @@ rule probe:
     resources:
         gpu=1,
         mem_mb=8_000,
+        runtime=30,
     params:
         config=settings("probe"),
         encoder=subpath(input.encoder, parent=True),
