@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MIN_RATE = 4000
 """Hz; below it there is no speech, and a header that claims 1 Hz would ask for 16000 times the memory."""
 MAX_SECONDS = 3600
 """Beyond any utterance: a small compressed file can decode to more than a machine holds."""
+DECODERS = min(16, os.cpu_count() or 1)
+"""Threads that decode side by side, which releases the interpreter's lock."""
 FULL_SCALE = 0.99
 """From here on a sample counts as clipped: 8-bit audio ends at 127/128."""
 

@@ -397,8 +397,10 @@ class PositionEmbedding(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
         on_gpu = rows.device.type != "cpu"
-        if self.narrow != on_gpu:
-            relative = self._by_fourier(rows) if on_gpu else self._in_single(rows)
+        if on_gpu and not self.narrow:
+            relative = self._by_fourier(rows)
+        elif self.narrow and not on_gpu:
+            relative = self._in_single(rows)
         else:
             relative = self.conv(rows)
         return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)

@@ -19,7 +19,6 @@ from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Out
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 4  # decoding releases the interpreter's lock; more threads than this wait for the disk
 _CLIPPED = 0.01  # share of a clip's samples at full scale, above which it is told
 _TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
 
@@ -84,7 +83,7 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
         except audio.AudioError as error:
             return error
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(audio.DECODERS) as pool:
         for utterance, result in zip(found.utterances, pool.map(info, found.utterances), strict=True):
             if isinstance(result, audio.AudioError):
                 logger.warning("%s: excluded: %s", utterance.id, result)

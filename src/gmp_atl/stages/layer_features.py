@@ -59,11 +59,14 @@ def layer_features(
         for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
             states = _hidden_states(model, clips, layers, config, device)
 
-            def write(layer: int, ids: list[str] = clips.ids, states: _States = states) -> None:
-                append[layer](feature_rows(ids, states[layer]))
-
-            list(pool.map(write, layers))  # which raises what a writer raises
+            written = [pool.submit(_write, append[layer], clips.ids, states[layer]) for layer in layers]
+            for each in written:
+                each.result()
             meter.advance(len(clips.ids), audio=FRAME_SECONDS * clips.lengths.sum())
+
+
+def _write(append: Callable[[pa.RecordBatch], None], ids: list[str], frames: list[np.ndarray]) -> None:
+    append(feature_rows(ids, frames))
 
 
 @torch.inference_mode()

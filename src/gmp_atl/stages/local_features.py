@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from gmp_atl import clips, devices
 from gmp_atl import encoder as encoders
-from gmp_atl.audio import SAMPLE_RATE
+from gmp_atl.audio import DECODERS, SAMPLE_RATE
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
@@ -21,7 +21,6 @@ from gmp_atl.progress import Meter
 log = logging.getLogger(__name__)
 _ROW_GROUP_BYTES = 32 * 2**20
 _CLIPS_AT_ONCE = 64
-_THREADS = 4  # decoding releases the interpreter's lock
 
 
 def local_features(
@@ -63,7 +62,7 @@ def _features(
 ) -> Iterator[tuple[list[str], list[np.ndarray]]]:
     """Ids and local features, some clips at a time; the next ones are decoded meanwhile."""
     meter = Meter("clip", len(table))
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(DECODERS) as pool:
 
         def decode(first: int) -> Iterator[np.ndarray]:
             rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))

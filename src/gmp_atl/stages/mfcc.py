@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from gmp_atl.audio import SAMPLE_RATE
+from gmp_atl.audio import DECODERS, SAMPLE_RATE
 from gmp_atl.clips import recording
 from gmp_atl.encoder import HOP, MFCC, RECEPTIVE_FIELD, n_frames
 from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, AudioRoot, Output, feature_rows
@@ -20,7 +19,6 @@ from gmp_atl.progress import Meter
 
 _COEFFICIENTS = 13
 _CLIPS_AT_ONCE = 1000
-_THREADS = min(16, os.cpu_count() or 1)  # decoding releases the interpreter's lock
 
 
 def mfcc(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
@@ -31,7 +29,7 @@ def mfcc(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
     table, _ = UTTERANCES.read(utterances)
     meter = Meter("clip", len(table))
     header = {"dimensions": 3 * _COEFFICIENTS, "layer": 0, "encoder": MFCC, "fitted_on": []}
-    with LAYER_FEATURES.writer(output, **header) as append, ThreadPoolExecutor(_THREADS) as pool:
+    with LAYER_FEATURES.writer(output, **header) as append, ThreadPoolExecutor(DECODERS) as pool:
         for first in range(0, len(table), _CLIPS_AT_ONCE):
             rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))
             frames = list(pool.map(lambda row: _coefficients(recording(audio_root, table, row)), rows))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 from gmp_atl import __version__
 from gmp_atl import encoder as encoders
+from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.config import IterationConfig, PretrainingSlice
 from gmp_atl.formats import HISTORY, UTTERANCES, Output, write_text
 
@@ -68,7 +70,7 @@ def pretrain(
         encoder=origin["encoder"],
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         version=__version__,
-        minutes=sum(samples) / 16_000 / 60,
+        minutes=sum(samples) / SAMPLE_RATE / 60,
         clips=f"{len(samples):,}",
         speeds=", ".join(f"{speed:g}" for speed in settings.speeds),
         attribution="\n".join(f"- {source}" for source in settings.attribution),
@@ -78,16 +80,17 @@ def pretrain(
 
 
 def _iteration(number: int, iteration: IterationConfig, history: Path) -> str:
-    clustered = f"layer {iteration.layer}" if iteration.layer else "MFCCs"
-    accuracies = [f"{_last(history, f'masked_accuracy_{size}'):.1%} of {size}" for size in iteration.sizes]
-    sizes = ", ".join(map(str, iteration.sizes))
-    loss = _last(history, "loss")
-    return f"| {number} | {clustered} | {sizes} | {iteration.updates:,} | {loss:.2f} | {', '.join(accuracies)} |"
-
-
-def _last(history: Path, quantity: str) -> float:
-    """Mean over the last tenth of the updates."""
+    """A row of the card's table."""
     rows = HISTORY.read(history)[0].to_pylist()
-    values = [row["value"] for row in rows if row["quantity"] == quantity]
-    kept = values[-max(1, len(values) // 10) :]
-    return sum(kept) / len(kept)
+
+    def last(quantity: str) -> float:
+        """Mean over the last tenth of the updates."""
+        values = [row["value"] for row in rows if row["quantity"] == quantity]
+        return fmean(values[-max(1, len(values) // 10) :])
+
+    clustered = f"layer {iteration.layer}" if iteration.layer else "MFCCs"
+    accuracies = [f"{last(f'masked_accuracy_{size}'):.1%} of {size}" for size in iteration.sizes]
+    sizes = ", ".join(map(str, iteration.sizes))
+    return (
+        f"| {number} | {clustered} | {sizes} | {iteration.updates:,} | {last('loss'):.2f} | {', '.join(accuracies)} |"
+    )

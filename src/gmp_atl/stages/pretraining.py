@@ -5,7 +5,6 @@ The loss is that of stage 3, and so is the loop; but the convolutions are traine
 
 from __future__ import annotations
 
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gmp_atl import devices
 from gmp_atl import encoder as encoders
+from gmp_atl.audio import DECODERS
 from gmp_atl.clips import Batch, Clips, recording
 from gmp_atl.config import PretrainingSlice
 from gmp_atl.encoder import HOP, MFCC, Encoder, n_frames
@@ -30,7 +30,6 @@ from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
 
 LAST = "last"
 """Folder of the encoder after the last update; those before are named by the number of updates."""
-_THREADS = min(16, os.cpu_count() or 1)  # decoding releases the interpreter's lock
 
 
 def pretraining(
@@ -136,7 +135,7 @@ def _waveforms(table: pa.Table, root: Path) -> Clips:
         found[: len(samples)] = samples[: len(found)]
         return found.reshape(-1, HOP)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(DECODERS) as pool:
         return Clips(table["id"].to_pylist(), list(pool.map(rows, range(len(table)))))
 
 

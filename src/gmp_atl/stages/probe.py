@@ -17,7 +17,7 @@ from gmp_atl.encoder import Encoder
 from gmp_atl.errors import LeakageError
 from gmp_atl.folds import everything, held_out_split, training_split
 from gmp_atl.formats import PROBES, UTTERANCES, Output
-from gmp_atl.metrics import confusion, uar, war
+from gmp_atl.metrics import confusion_of_names, uar, war
 
 CONVOLUTIONS = 0
 """Stands for the layer before the transformer's first."""
@@ -43,13 +43,11 @@ def probe(
     for fold in range(1, len(config.folds.held_out) + 1):
         training = training_split(utterances, config.folds, fold)
         test = held_out_split(utterances, config.folds, fold)
-        labels = np.array([config.classes.index(emotion) for emotion in test.column("emotion")])
         for layer, features in pooled.items():
             machine = support_vector_machine()
             machine.fit([features[each] for each in training.ids], training.column("emotion"))
             found = machine.predict([features[each] for each in test.ids])
-            predictions = np.array([config.classes.index(emotion) for emotion in found])
-            matrix = confusion(labels, predictions, len(config.classes))
+            matrix = confusion_of_names(test.column("emotion"), found.tolist(), config.classes)
             rows.append({"layer": layer, "fold": fold, "uar": uar(matrix), "war": war(matrix)})
     corpus = UTTERANCES.open(utterances)[1]["corpus"]
     table = pa.Table.from_pylist(rows, schema=PROBES.schema)

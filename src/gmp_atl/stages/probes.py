@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from gmp_atl.formats import HISTORY, PREDICTIONS, PROBES, Output, write_text
-from gmp_atl.metrics import confusion, uar
+from gmp_atl.metrics import confusion_of_names, uar
 from gmp_atl.plots import STYLES, curve, figure_of, svg
 from gmp_atl.rendering import Table
 
@@ -49,9 +48,8 @@ def _means(rows: pd.DataFrame) -> dict[int, float]:
 
 def _uar(predictions: Path) -> float:
     table, header = PREDICTIONS.read(predictions)
-    places = {name: number for number, name in enumerate(header["classes"])}
-    labels, found = (np.array([places[each] for each in table[key].to_pylist()]) for key in ("label", "prediction"))
-    return uar(confusion(labels, found, len(places)))
+    labels, chosen = table["label"].to_pylist(), table["prediction"].to_pylist()
+    return uar(confusion_of_names(labels, chosen, header["classes"]))
 
 
 def _name(layer: int) -> str:

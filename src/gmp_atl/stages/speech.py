@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.formats import EXCLUDED, UTTERANCES, AudioRoot, Output, write_bytes
 
 log = logging.getLogger(__name__)
-_THREADS = min(16, os.cpu_count() or 1)  # what takes long releases the interpreter's lock
 
 
 def speech(
@@ -40,7 +38,7 @@ def speech(
     rows: list[dict[str, str | int]] = []
     reasons: dict[str, str] = {}
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(audio.DECODERS) as pool:
         made = pool.map(lambda clip: _make(manifest.parent / paths[clip], clip, speeds, audio_root), paths)
         for clip, found in zip(paths, made, strict=True):
             if isinstance(found, str):
