@@ -65,30 +65,18 @@ def stages(layers: list[int], precision: str, *, cached: bool = False) -> sides.
 
     def side(folder: Path) -> sides.Work:
         from gmp_atl.stages.layer_features import layer_features
-        from gmp_atl.stages.local_features import local_features
 
-        utterances, encoder, local = (
-            folder / "utterances.parquet",
-            folder / "encoder",
-            folder / "local_features.parquet",
-        )
-        convolved = workload.setting("local_features", precision)
         transformed = workload.setting("layer_features", precision, fit_on="all")
-
-        def convolve() -> None:
-            local_features(
-                config=convolved, utterances=utterances, audio_root=folder / "audio", encoder=encoder, output=local
-            )
 
         def work() -> float:
             if not cached:
-                convolve()
+                workload.convolve(folder, precision)
             outputs = [folder / f"{precision}{layer}.parquet" for layer in layers]
             layer_features(
                 config=transformed,
-                utterances=utterances,
-                local_features=local,
-                encoder=encoder,
+                utterances=folder / "utterances.parquet",
+                local_features=folder / "local_features.parquet",
+                encoder=folder / "encoder",
                 fold=1,
                 layers=layers,
                 outputs=outputs,
@@ -96,7 +84,7 @@ def stages(layers: list[int], precision: str, *, cached: bool = False) -> sides.
             return workload.seconds(folder)
 
         if cached:
-            convolve()
+            workload.convolve(folder, precision)
         return work
 
     return side

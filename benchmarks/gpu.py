@@ -246,19 +246,8 @@ def tf32(*, allowed: bool) -> Iterator[None]:
 def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Measured]:
     """Local features and hidden states; returns the measures of the two stages."""
     from gmp_atl.stages.layer_features import layer_features
-    from gmp_atl.stages.local_features import local_features
 
     gpus, once, twice = int(plan.device == "cuda"), replace(plan, turns=1), replace(plan, turns=2)
-
-    def convolve(folder: Path) -> None:
-        local_features(
-            config=workload.setting("local_features"),
-            utterances=folder / "utterances.parquet",
-            audio_root=folder / "audio",
-            encoder=folder / "encoder",
-            output=folder / "local_features.parquet",
-            gpus=gpus,
-        )
 
     def transform(folder: Path) -> None:
         layer_features(
@@ -272,7 +261,7 @@ def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, 
             gpus=gpus,
         )
 
-    convolved = measure_stage(twice, convolve, few, many)
+    convolved = measure_stage(twice, lambda folder: workload.convolve(folder, gpus=gpus), few, many)
     rates.add("local_features: WAV files to Parquet", CONVOLUTIONS, convolved)
     rates.add("convolutions alone, of samples in memory", CONVOLUTIONS, measure(plan, convolutions(plan, few)))
     transformed = measure_stage(twice, transform, few, many)

@@ -48,17 +48,9 @@ CLASSES = 4
 
 def prepare(folder: Path) -> None:
     """Audio, weights and local features in both precisions."""
-    from gmp_atl.stages.local_features import local_features
-
     workload.write_corpus(folder, SECONDS)
     workload.write_encoder(folder)
-    local_features(
-        config=workload.setting("local_features"),
-        utterances=folder / "utterances.parquet",
-        audio_root=folder / "audio",
-        encoder=folder / "encoder",
-        output=folder / "local_features.parquet",
-    )
+    workload.convolve(folder)
 
 
 # The peer's way.

@@ -90,6 +90,20 @@ def setting(stage: str, precision: str = "auto", fit_on: str = "training") -> An
     return configs.SLICES[stage].model_validate(configs.slice_for(configs.parse(settings), stage))
 
 
+def convolve(folder: Path, precision: str = "auto", gpus: int = 0) -> None:
+    """The stage `local_features`, on what `write_corpus` and `write_encoder` have put into the folder."""
+    from gmp_atl.stages.local_features import local_features
+
+    local_features(
+        config=setting("local_features", precision),
+        utterances=folder / "utterances.parquet",
+        audio_root=folder / "audio",
+        encoder=folder / "encoder",
+        output=folder / "local_features.parquet",
+        gpus=gpus,
+    )
+
+
 def seconds(folder: Path) -> float:
     """Of audio in the corpus."""
     from gmp_atl.formats import UTTERANCES
