@@ -68,9 +68,9 @@ def machine() -> str:
     """Processor, cores, threads of a side, and how busy the machine is."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    amx = "with" if "bfloat16" in workload.precisions() else "without"
-    load = os.getloadavg()[0]
-    return f"{model}, {amx} AMX, {os.cpu_count()} cores, {threads()} threads per side; load before the run {load:.1f}"
+    native, load = workload.bfloat16_by(), os.getloadavg()[0]
+    bfloat16 = f"bfloat16 by {native}" if native else "no bfloat16"
+    return f"{model}, {bfloat16}, {os.cpu_count()} cores, {threads()} threads per side; load before the run {load:.1f}"
 
 
 def main(

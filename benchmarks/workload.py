@@ -17,10 +17,15 @@ DIMENSIONS = 768
 """Of HuBERT base's hidden states."""
 
 
+def bfloat16_by() -> str:
+    """What the CPU multiplies bfloat16 with natively, AMX or AVX-512; empty where it does not."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    return next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags), "")
+
+
 def precisions() -> list[str]:
     """float32, and bfloat16 where the CPU multiplies it natively: elsewhere nobody would compute in it."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return ["bfloat16", "float32"] if "amx_bf16" in flags else ["float32"]
+    return ["bfloat16", "float32"] if bfloat16_by() else ["float32"]
 
 
 def clip_seconds(total: float, seed: int = 0) -> np.ndarray:

@@ -19,3 +19,17 @@ def test_a_gpu_that_torch_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"torch finds no usable CUDA device.*workflow/profiles/cpu"):
         devices.resolve(1)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [(True, True, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    cpu = torch.device("cpu")
+    assert devices.dtype("auto", cpu) == expected
+    assert [devices.dtype(precision, cpu) for precision in ("bfloat16", "float32")] == [torch.bfloat16, torch.float32]

@@ -34,7 +34,8 @@ def resolve(gpus: int) -> torch.device:
 def dtype(precision: str, device: torch.device) -> torch.dtype:
     """Of matrix products; `auto` is bfloat16 where the device multiplies it natively."""
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
+        on_gpu = device.type == "cuda"
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_multiplies_bfloat16()
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
@@ -65,5 +66,6 @@ def fetch(values: Tensor) -> Callable[[], list[float]]:
     return ask
 
 
-def _cpu_has_amx() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+def _cpu_multiplies_bfloat16() -> bool:
+    """By AMX tiles (Intel since Sapphire Rapids) or by AVX-512 (AMD since Zen 4), faster than float32."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
