@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Stages
+from conftest import Spoken, Stages
 
 from gmp_atl import clips
 from gmp_atl import encoder as encoders
@@ -63,3 +66,18 @@ def test_training_starts_with_the_loss_of_the_cpu(stages: Stages, precision: str
     assert on_gpu.history["loss"] == pytest.approx(on_cpu.history["loss"], rel=0.05)
     assert on_gpu.weights.keys() == on_cpu.weights.keys()
     encoders.load(on_gpu.folder)
+
+
+def test_scores_of_recordings_are_those_of_the_cpu(spoken: Spoken, tmp_path: Path) -> None:
+    found = []
+    for gpus in ("0", "1"):
+        output = tmp_path / f"{gpus}.json"
+        named = ["--window", "0.5", "--gpus", gpus, "--format", "json", "--output", str(output)]
+        subprocess.run([sys.executable, "-m", "gmp_atl", "predict", spoken.model, spoken.audio, *named], check=True)
+        found.append(json.loads(output.read_text(encoding="utf-8")))
+    on_cpu, on_gpu = found
+    assert [(row["file"], row["part"], row["start"]) for row in on_cpu] == [
+        (row["file"], row["part"], row["start"]) for row in on_gpu
+    ]
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert other["scores"] == pytest.approx(one["scores"], abs=5e-3)
