@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from gmp_atl import encoder as encoders
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch
 from gmp_atl.config import HeadConfig, ScratchEncoderConfig
-from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, Regularisation, n_frames
+from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, PositionEmbedding, Regularisation, n_frames
 from gmp_atl.errors import UserError
 
 transformers_logging.disable_progress_bar()
@@ -233,6 +233,63 @@ def test_each_regularisation_acts_in_training_and_not_in_evaluation(reference, k
     local, lengths = torch.randn(1, 30, 16), torch.tensor([30])
     assert torch.equal(regularised.eval()(local, lengths), plain(local, lengths))
     assert not torch.allclose(regularised.train()(local, lengths), plain(local, lengths), atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [2, 16], ids=["wide", "narrow"])
+@pytest.mark.parametrize("clips", [1, 5])
+def test_positions_and_their_gradients_are_those_of_the_convolution(reference, encoder, groups, clips):
+    """Whether or not they are computed by Fourier transform."""
+    positions = PositionEmbedding(replace(encoder.architecture, num_conv_pos_embedding_groups=groups))
+    found = []
+    for compute in (positions, lambda hidden: plain_positions(positions, hidden)):
+        hidden = torch.randn(clips, 37, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        positions.zero_grad()
+        relative = compute(hidden)
+        relative.square().sum().backward()
+        found.append([relative, hidden.grad, *(parameter.grad.clone() for parameter in positions.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def plain_positions(positions: PositionEmbedding, hidden: Tensor) -> Tensor:
+    return F.gelu(positions.conv(hidden.mT)[..., : hidden.shape[1]]).mT
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (40, 50, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_passes_gradients_where_it_passed_values(shape, dtype):
+    torch.manual_seed(0)
+    hidden = torch.ones(shape, dtype=dtype, requires_grad=True)
+    dropped = encoders.drop(hidden, 0.3)
+    dropped.sum().backward()
+    assert torch.equal(hidden.grad, dropped.detach())
+    assert sorted({0.0, *dropped.flatten().tolist()}) == pytest.approx([0.0, 1 / 0.7], rel=1e-2)
+    count = hidden.numel()
+    assert (dropped > 0).float().mean().item() == pytest.approx(0.7, abs=5 * (0.21 / count) ** 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(encoders.drop(hidden, 0.3), dropped)
+    assert not torch.equal(encoders.drop(hidden, 0.3), dropped)
+
+
+def test_elements_that_share_a_random_number_are_dropped_independently():
+    torch.manual_seed(0)
+    kept = (encoders.drop(torch.ones(200_000, 4), 0.5) > 0).double()
+    torch.testing.assert_close(torch.corrcoef(kept.T), torch.eye(4, dtype=torch.float64), atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[30, 30], [30, 11]], ids=["full", "padded"])
+def test_attention_with_dropout_is_that_without_but_for_what_is_dropped(reference, wavlm, lengths):
+    """A probability so small that nothing is dropped takes the way of training."""
+    check_attention_in_training(reference.folder, lengths)
+    check_attention_in_training(wavlm.folder, lengths)
+
+
+def check_attention_in_training(folder: Path, lengths: list[int]) -> None:
+    plain, training = encoders.load(folder)[0].eval(), encoders.load(folder, Regularisation(0.0, 1e-9))[0].train()
+    local = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0))
+    expected, found = (each(local, torch.tensor(lengths)) for each in (plain, training))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row, :length], expected[row, :length], atol=1e-5, rtol=1e-4)
 
 
 # Files.

@@ -33,6 +33,7 @@ _BRIEF.maxstring = _BRIEF.maxother = 80
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Layer = Annotated[int, Field(le=-1)]  # counted from the end: -1 is the last layer
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -175,9 +176,9 @@ class OptimisationConfig(Section):
     """Largest L2 norm of the gradient."""
     max_clip_seconds: Positive = 10.0
     """Longer clips are cropped at random in training; testing sees whole clips."""
-    dropout: Fraction = 0.1
+    dropout: Share = 0.1
     """In the transformer: hidden states, activations and the feature projection."""
-    attention_dropout: Fraction = 0.1
+    attention_dropout: Share = 0.1
     """Of the attention weights."""
     layerdrop: Fraction = 0.0
     """Probability that a transformer layer is left out of a pass."""

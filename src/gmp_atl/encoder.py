@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         regularisation = self.regularisation if self.training else Regularisation()
         local = local.to(self.masked_spec_embed.dtype).masked_fill(~valid[..., None], 0.0)
         hidden = self.feature_projection(local)
-        hidden = F.dropout(hidden, regularisation.dropout, self.training)
+        hidden = drop(hidden, regularisation.dropout)
         if mask is not None:
             hidden = torch.where(mask[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
         # The position embedding is a convolution: what stands in the padding would reach valid frames.
@@ -368,7 +368,7 @@ class Transformer(nn.Module):
         hidden = hidden + self.pos_conv_embed(hidden)
         if not self.pre_norm:
             hidden = self.layer_norm(hidden)
-        hidden = F.dropout(hidden, regularisation.dropout, self.training)
+        hidden = drop(hidden, regularisation.dropout)
         first: TransformerLayer = self.layers[0]  # type: ignore[assignment]
         positions = first.attention.positions(hidden.shape[1])
         states: dict[int, Tensor] = {}
@@ -396,17 +396,15 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
-        on_gpu = rows.device.type != "cpu"
-        if on_gpu and not self.narrow:
-            relative = self._by_fourier(rows)
-        elif self.narrow and not on_gpu:
-            relative = self._in_single(rows)
-        else:
-            relative = self.conv(rows)
+        # A Fourier transform takes a fraction of the time (docs/speed.md). Of wide groups, the filters take longest, so
+        # that on a CPU it does not pay for a few clips; of narrow ones it has not been tried on a GPU.
+        pays = self.narrow or len(rows) > 3 if rows.device.type == "cpu" else not self.narrow
+        has_complex_numbers = not torch.onnx.is_in_onnx_export()
+        relative = self._by_fourier(rows) if pays and has_complex_numbers else self.conv(rows)
         return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)
 
     def _by_fourier(self, rows: Tensor) -> Tensor:
-        """cuDNN takes five times as long for a kernel as wide, with as many channels a group (benchmarks/gpu.py)."""
+        """In float32: where groups are narrow, torch 2.11's bfloat16 is not coarse but wrong on CPUs with AMX."""
         frames, weight = rows.shape[2], self.conv.weight.float()
         points = -(-(frames + 2 * self.padding) // 64) * 64  # a length that is fast to transform
         with torch.autocast(rows.device.type, enabled=False):
@@ -415,13 +413,6 @@ class PositionEmbedding(nn.Module):
             products = torch.einsum("bgif,goif->bgof", spectra, filters).flatten(1, 2)
             around = torch.fft.irfft(products, points).roll(self.padding, dims=-1)
         return (around[..., :frames] + self.conv.bias.float()[:, None]).to(rows.dtype)
-
-    def _in_single(self, rows: Tensor) -> Tensor:
-        """With fewer than 16 channels a group, bfloat16 is not coarse but wrong on CPUs with AMX (torch 2.11)."""
-        weight, bias = self.conv.weight.float(), self.conv.bias.float()
-        with torch.autocast(rows.device.type, enabled=False):
-            exact = F.conv1d(rows.float(), weight, bias, padding=self.padding, groups=self.groups)
-        return exact.to(rows.dtype)
 
 
 class Attention(nn.Module):
@@ -475,9 +466,20 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         mask = attend if positions is None else self._bias(hidden, attend, positions).to(query.dtype)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        if dropout and query.device.type == "cpu":
+            mixed = _attended(query, key, mask, dropout) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+
+def _attended(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention weights, (batch, heads, frames, frames), with dropout: torch has no fused kernel for that on a CPU."""
+    scores = query / math.sqrt(query.shape[-1]) @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return drop(scores.softmax(-1).to(query.dtype), dropout)
 
 
 class FeedForward(nn.Module):
@@ -489,8 +491,8 @@ class FeedForward(nn.Module):
         self.output_dense = nn.Linear(architecture.intermediate_size, architecture.hidden_size)
 
     def forward(self, hidden: Tensor, dropout: float) -> Tensor:
-        inner = F.dropout(F.gelu(self.intermediate_dense(hidden)), dropout, self.training)
-        return F.dropout(self.output_dense(inner), dropout, self.training)
+        inner = drop(F.gelu(self.intermediate_dense(hidden)), dropout)
+        return drop(self.output_dense(inner), dropout)
 
 
 class TransformerLayer(nn.Module):
@@ -511,12 +513,28 @@ class TransformerLayer(nn.Module):
         dropout, attention_dropout = regularisation.dropout, regularisation.attention_dropout
         if self.pre_norm:
             mixed = self.attention(self.layer_norm(hidden), attend, positions, attention_dropout)
-            hidden = hidden + F.dropout(mixed, dropout, self.training)
+            hidden = hidden + drop(mixed, dropout)
             return hidden + self.feed_forward(self.final_layer_norm(hidden), dropout)
         mixed = self.attention(hidden, attend, positions, attention_dropout)
-        hidden = self.layer_norm(hidden + F.dropout(mixed, dropout, self.training))
+        hidden = self.layer_norm(hidden + drop(mixed, dropout))
         out: Tensor = self.final_layer_norm(hidden + self.feed_forward(hidden, dropout))
         return out
+
+
+def drop(hidden: Tensor, probability: float) -> Tensor:
+    """Dropout, for a probability below one, which is rounded to 1/65,536 on a CPU.
+
+    There torch draws one number after another, one for each element, which took a quarter of an update (docs/speed.md);
+    here one decides on four elements.
+    """
+    if probability == 0:
+        return hidden
+    if hidden.device.type != "cpu":
+        return F.dropout(hidden, probability)
+    threshold = min(round(65_536 * probability), 65_535)
+    numbers = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = numbers[: hidden.numel()].view(hidden.shape) >= threshold - 32_768
+    return hidden * kept.to(hidden.dtype).mul_(65_536 / (65_536 - threshold))
 
 
 def from_scratch(config: ScratchEncoderConfig, regularisation: Regularisation | None = None) -> Encoder:
