@@ -358,7 +358,10 @@ def killed(number: signal.Signals) -> Callable[[Bench, str, Path, random.Random]
 
 def out_of_memory(bench: Bench, stage: str, folder: Path, draws: random.Random) -> bool:
     """Most of the address space that a job takes it can do without; so mostly it gets a small share of that."""
-    process = bench.start(stage, folder, Fault(memory=int(draws.random() ** 4 * bench.expected(stage).memory)))
+    undisturbed = bench.expected(stage)
+    process = bench.start(stage, folder, Fault(memory=int(draws.random() ** 4 * undisturbed.memory)))
+    process.join(5 + 10 * undisturbed.seconds)
+    process.kill()  # Python waits for ever for a thread that found no memory to start (CPython issue 140746)
     process.join()
     return process.exitcode != 0
 
