@@ -18,7 +18,9 @@ from scipy import sparse
 from gmp_atl.progress import Meter
 
 _BLOCK = 32_768
-"""Frames that are searched at once: 100 MB at 768 dimensions in float32."""
+"""Frames that are held at once: 100 MB at 768 dimensions in float32."""
+_SEARCHED = 1024
+"""Frames that are searched at once on a CPU: few enough to stay in its cache between FAISS's passes over them."""
 _SEEDING = 16_384
 """Frames, at most, among which initial centroids are chosen: their distances to each other take 1 GiB."""
 
@@ -117,6 +119,7 @@ class _Search:
 
     def __init__(self, dimensions: int, gpus: int) -> None:
         self._index: faiss.Index = faiss.IndexFlatL2(dimensions)
+        self._at_once = _BLOCK if gpus else _SEARCHED
         if gpus:
             self._resources = faiss.StandardGpuResources()  # the index does not keep it alive
             self._index = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
@@ -127,8 +130,10 @@ class _Search:
 
     def nearest(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Squared distance and number of the nearest centroid, (frames,) each."""
-        distances, labels = self._index.search(block, 1)
-        return distances[:, 0], labels[:, 0]
+        starts = range(0, len(block), self._at_once)
+        found = [self._index.search(block[start : start + self._at_once], 1) for start in starts]
+        distances, labels = (np.concatenate(each)[:, 0] for each in zip(*found, strict=True))
+        return distances, labels
 
 
 def _pass(
