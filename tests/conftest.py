@@ -170,7 +170,7 @@ class Stages:
         shared = self._shared("clustering", changes)
         del shared["local_features"]
         outputs = {"centroids": made.centroids, "pseudo_labels": made.pseudo_labels}
-        layer = LAYER_FEATURES.open(layer_features)[1]["layer"]
+        layer = LAYER_FEATURES.open(layer_features).header["layer"]
         clustering(**{**shared, "layer_features": layer_features, "layer": layer, "size": size, **outputs, **others})
         return made
 

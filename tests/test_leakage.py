@@ -180,7 +180,7 @@ def test_no_stage_opens_a_held_out_clip_but_the_readings_that_say_so(
 
         features = stages.layer_features(multitask.folder, -1, changes, fold=fold)
         codebook = stages.clustering(features, 4, {**changes, "clustering.sizes": [4]}, fold=fold)
-        fitted_on = {*PSEUDO_LABELS.open(codebook.pseudo_labels)[1]["fitted_on"]}
+        fitted_on = {*PSEUDO_LABELS.open(codebook.pseudo_labels).header["fitted_on"]}
         assert fitted_on == opened.read == {*split.ids} | (held_out if fit_on == "all" else set())
         assert PSEUDO_LABELS.read(codebook.pseudo_labels)[0]["id"].to_pylist() == split.ids
 

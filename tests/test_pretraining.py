@@ -375,7 +375,7 @@ def test_iterations_to_come_change_nothing_of_those_before():
 
 
 def test_fold_0_holds_out_nothing_and_its_features_tell_so(made):
-    assert LOCAL_FEATURES.open(made.of(2) / "local.parquet")[1]["encoder"].startswith("HuBERT 12 x 32, iteration 1")
-    assert LAYER_FEATURES.open(made.of(2) / "features.parquet")[1]["fitted_on"] == (
+    assert LOCAL_FEATURES.open(made.of(2) / "local.parquet").header["encoder"].startswith("HuBERT 12 x 32, iteration 1")
+    assert LAYER_FEATURES.open(made.of(2) / "features.parquet").header["fitted_on"] == (
         UTTERANCES.read(made.utterances)[0]["id"].to_pylist()
     )

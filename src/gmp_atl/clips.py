@@ -123,7 +123,7 @@ class Clips:
 
 
 def _check_encoder(path: Path, encoder: str) -> None:
-    found = LOCAL_FEATURES.open(path)[1]["encoder"]
+    found = LOCAL_FEATURES.open(path).header["encoder"]
     if found != encoder:
         raise UserError(
             f"{path} holds features of {found}, but the model is built on {encoder}; delete it and run snakemake again."

@@ -275,7 +275,7 @@ def _choose(config: Config, folder: Path) -> dict[tuple[System, int, int], Path]
     chosen: dict[tuple[System, int, int], Path] = {}
     ignored = []
     for path in sorted(folder.rglob("predictions.parquet")):
-        header = PREDICTIONS.open(path)[1]
+        header = PREDICTIONS.open(path).header
         system = System(header["model"], header["variant"], header["layer"], header["loss"])
         fold, seed = header["fold"], header["seed"]
         known = system in asked and 1 <= fold <= len(config.folds.held_out) and seed in seeds(config, system)

@@ -1,9 +1,9 @@
 """Every Parquet file of a run: columns, dtypes and metadata, declared once and checked at reading.
 
 Files appear under their final name only when they are complete, and each carries, beside its columns, a
-JSON object of metadata (format name and version included). Every page has a checksum, the metadata a digest and the
-number of rows, so that no file is read that is not as it was written. Tensors in safetensors files, a format without
-checksums, have a digest among their metadata.
+JSON object of metadata (format name and version included), with digests of every column of every row group, and one of
+the metadata themselves, so that no file is read that is not as it was written: Parquet's own checksums leave out the
+headers of its pages. Tensors in safetensors files, a format without checksums, have a digest among their metadata.
 """
 
 from __future__ import annotations
@@ -118,13 +118,14 @@ class Format:
     name: str
     schema: pa.Schema
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 1
+    version: int = 2
     compression: str = "zstd"
 
     @contextmanager
     def writer(self, path: Path, /, **metadata: Any) -> Iterator[Callable[[pa.RecordBatch], None]]:
         """A function that appends one row group; the file appears when the block ends without an error."""
-        header = {"format": self.name, "version": self.version, "rows": 0, **metadata}
+        groups: list[dict[str, str]] = []
+        header = {"format": self.name, "version": self.version, "groups": groups, **metadata}
         self._check(header, path)
         with (
             atomic(path) as temporary,
@@ -132,8 +133,10 @@ class Format:
         ):
 
             def append(rows: pa.RecordBatch) -> None:
-                file.write_batch(rows.cast(self.schema), row_group_size=max(1, rows.num_rows))
-                header["rows"] += rows.num_rows
+                if rows.num_rows:
+                    cast = rows.cast(self.schema)
+                    file.write_batch(cast, row_group_size=rows.num_rows)
+                    groups.append({name: _digest(cast[name]) for name in self.schema.names})
 
             yield append
             text = json.dumps(header, sort_keys=True)
@@ -145,8 +148,8 @@ class Format:
             for batch in rows.combine_chunks().to_batches():
                 append(batch)
 
-    def open(self, path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
-        """The opened file and its metadata, once both are found to be of this format.
+    def open(self, path: Path) -> File:
+        """The file, once it and its metadata are found to be of this format.
 
         Raises:
             UserError: the file is missing, damaged, of another format or version.
@@ -159,7 +162,6 @@ class Format:
             texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             header = _json_object(texts.get(_KEY, "{}"))
             schema = file.schema_arrow
-            rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         except _DAMAGE as error:
             raise UserError(
                 f"{path} is not a readable Parquet file ({error}); delete it and run snakemake again."
@@ -170,21 +172,21 @@ class Format:
                 f"{path} holds {found[0] or 'an unknown format'} version {found[1]}, but {self.name} version "
                 f"{self.version} is expected; delete it and run snakemake again."
             )
-        if hashlib.sha256(texts[_KEY].encode()).hexdigest() != texts.get(_DIGEST) or rows != header.get("rows"):
+        if hashlib.sha256(texts[_KEY].encode()).hexdigest() != texts.get(_DIGEST):
             raise UserError(f"{path} is damaged: its metadata have changed; delete it and run snakemake again.")
         self._check(header, path)
-        del header["rows"]
-        return file, header
+        digests = header.pop("groups")
+        if len(digests) != file.num_row_groups:
+            raise UserError(f"{path} is damaged: row groups are missing; delete it and run snakemake again.")
+        return File(path, self.schema, header, file, digests)
 
     def read(self, path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
         """All rows and the metadata. Raises as `open` does."""
-        file, header = self.open(path)
-        try:
-            table = file.read(columns=columns).replace_schema_metadata()
-            table.validate(full=True)
-        except _DAMAGE as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None
-        return table, header
+        file = self.open(path)
+        groups = [file.read(group, columns) for group in range(file.groups)]
+        names = self.schema.names if columns is None else columns
+        empty = pa.schema([self.schema.field(name) for name in names]).empty_table()
+        return pa.concat_tables([empty, *groups]), file.header
 
     def _check(self, header: dict[str, Any], path: Path) -> None:
         try:
@@ -199,7 +201,61 @@ class Format:
     @cached_property
     def _model(self) -> type[BaseModel]:
         fields: dict[str, Any] = {name: (kind, ...) for name, kind in self.metadata.items()}
+        fields["groups"] = (list[dict[str, str]], ...)
         return create_model(self.name, __config__=ConfigDict(strict=True), **fields)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a run that was opened; every column that is read is compared with its digest."""
+
+    path: Path
+    schema: pa.Schema
+    header: dict[str, Any]
+    """The metadata."""
+    _file: pq.ParquetFile
+    _digests: list[dict[str, str]]
+
+    @property
+    def groups(self) -> int:
+        """Number of row groups."""
+        return len(self._digests)
+
+    def read(self, group: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows of one group, which is numbered from 0.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            rows = self._file.read_row_group(group, columns=columns).replace_schema_metadata()
+            rows.validate(full=True)
+            for name in rows.column_names:
+                chunks = rows[name].chunks
+                column = chunks[0] if len(chunks) == 1 else rows[name].combine_chunks()  # which copies
+                if _digest(column) != self._digests[group].get(name):
+                    raise ValueError(f"its column {name} has changed")
+        except _DAMAGE as error:
+            raise UserError(f"{self.path} is damaged ({error}); delete it and run snakemake again.") from None
+        return rows
+
+
+def _digest(column: pa.Array) -> str:
+    """Of the values, however they lie in memory."""
+    digest = hashlib.sha256()
+    while pa.types.is_list(column.type):
+        digest.update(f"{len(column)} {column.null_count}\n".encode())
+        digest.update(column.value_lengths().to_numpy(zero_copy_only=False).data)
+        column = column.flatten()
+    digest.update(f"{len(column)} {column.null_count}\n".encode())
+    if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+        _, positions, data = column.buffers()
+        offsets = np.frombuffer(positions, "<i4")[column.offset : column.offset + len(column) + 1]
+        digest.update(np.diff(offsets).data)
+        digest.update(memoryview(data or b"")[offsets[0] : offsets[-1]] if len(offsets) else b"")
+    else:
+        digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data)
+    return digest.hexdigest()[:16]
 
 
 def tensor_metadata(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -398,7 +454,7 @@ def read_features(kind: Format, path: Path, wanted: Collection[str]) -> tuple[di
     found: dict[str, np.ndarray] = {}
     for clips in stream_features(kind, path, wanted):
         found |= clips
-    return found, kind.open(path)[1]
+    return found, kind.open(path).header
 
 
 def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -410,24 +466,24 @@ def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterat
         UserError: a wanted clip is not in the file, which is found before the first is read, or the file is damaged
             or not of this kind.
     """
-    file, header = kind.open(path)
-    wanted = frozenset(wanted)
-    try:
-        groups = [file.read_row_group(group, columns=["id"])["id"].to_pylist() for group in range(file.num_row_groups)]
-        missing = sorted(wanted.difference(*groups))
-        if missing:
-            raise UserError(
-                f"{path} lacks {len(missing)} clips, {missing[0]} among them; delete it and run snakemake again."
-            )
-        for group, ids in enumerate(groups):
-            if wanted.isdisjoint(ids):
-                continue
-            rows = file.read_row_group(group, columns=["n_frames", "frames"]).combine_chunks()
-            clips = zip(ids, rows["n_frames"].to_pylist(), rows["frames"].combine_chunks(), strict=True)
-            yield {
-                utterance: np.frombuffer(clip.as_buffer(), dtype="<f2").reshape(length, header["dimensions"])
+    file, wanted = kind.open(path), frozenset(wanted)
+    groups = [file.read(group, ["id"])["id"].to_pylist() for group in range(file.groups)]
+    missing = sorted(wanted.difference(*groups))
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} clips, {missing[0]} among them; delete it and run snakemake again."
+        )
+    for group, ids in enumerate(groups):
+        if wanted.isdisjoint(ids):
+            continue
+        rows = file.read(group, ["n_frames", "frames"]).combine_chunks()
+        clips = zip(ids, rows["n_frames"].to_pylist(), rows["frames"].combine_chunks(), strict=True)
+        try:
+            found = {
+                utterance: np.frombuffer(clip.as_buffer(), "<f2").reshape(length, file.header["dimensions"])
                 for utterance, length, clip in clips
                 if utterance in wanted
             }
-    except _DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None
+        yield found

@@ -71,7 +71,7 @@ def masked_prediction(
 
 def check_codebook(path: Path, layer: int, sizes: list[int], encoder: str) -> None:
     """Refuse pseudo-labels that this job did not ask for."""
-    header = PSEUDO_LABELS.open(path)[1]
+    header = PSEUDO_LABELS.open(path).header
     for what, found, expected in (
         ("layer", header["layer"], [layer]),
         ("size", header["size"], sizes),

@@ -145,7 +145,7 @@ def _find(model: Path, evaluations: Path) -> _Tested | None:
         predictions = _with_digest(evaluations.rglob("predictions.parquet"), record.outputs["predictions"])
         metrics = _with_digest(evaluations.rglob("metrics.json"), record.outputs["metrics"])
         if predictions and metrics:
-            _, header = PREDICTIONS.open(predictions)
+            header = PREDICTIONS.open(predictions).header
             figures = json.loads(metrics.read_text(encoding="utf-8"))
             return _Tested(record, header, figures, provenance.lineage(records, [predictions]).remarks())
     return None

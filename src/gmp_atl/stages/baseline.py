@@ -44,7 +44,7 @@ def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold
     machine.fit(_features(values, training, functionals), training.column("emotion"))
     scores = _scores(machine.decision_function(_features(values, test, functionals)), machine.classes_, config.classes)
 
-    corpus = UTTERANCES.open(utterances)[1]
+    corpus = UTTERANCES.open(utterances).header
     PREDICTIONS.write(
         output,
         pa.table(

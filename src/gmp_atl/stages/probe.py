@@ -49,7 +49,7 @@ def probe(
             found = machine.predict([features[each] for each in test.ids])
             matrix = confusion_of_names(test.column("emotion"), found.tolist(), config.classes)
             rows.append({"layer": layer, "fold": fold, "uar": uar(matrix), "war": war(matrix)})
-    corpus = UTTERANCES.open(utterances)[1]["corpus"]
+    corpus = UTTERANCES.open(utterances).header["corpus"]
     table = pa.Table.from_pylist(rows, schema=PROBES.schema)
     PROBES.write(output, table, corpus=corpus, encoder=origin["encoder"], utterances=len(split.ids))
 
