@@ -43,7 +43,7 @@ class BiLSTM(nn.Module):
     """Bidirectional LSTM over padded clips in which no valid frame ever sees padding.
 
     The backward direction runs forward over each clip's own reversal. That equals packed sequences, for which
-    torch has no fast kernel on the CPU (benchmarks/bilstm.py).
+    torch has no fast kernel on the CPU (benchmarks/operations.py).
     """
 
     def __init__(self, width: int, hidden: int, layers: int) -> None:

@@ -1,0 +1,91 @@
+"""Operations that are computed otherwise than torch would, beside torch's: forward and backward on the CPU.
+
+    python benchmarks/operations.py
+
+The results are the same, of dropout in distribution (tests/test_encoder.py, test_heads.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import sides
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from gmp_atl import encoder
+from gmp_atl.config import ScratchEncoderConfig
+from gmp_atl.heads import BiLSTM
+
+CLIPS, FRAMES, REPEATS = 16, 200, 5
+BASE, SMALL = ScratchEncoderConfig(hidden_size=768), ScratchEncoderConfig(hidden_size=192)
+"""Widths of HuBERT base and of the HuBERT of this package, both with 16 groups."""
+
+
+def seconds(operation: Callable[[Tensor], Tensor], of: Tensor) -> float:
+    """A forward and backward pass."""
+    start = time.perf_counter()
+    operation(of).sum().backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - start
+
+
+def compare(name: str, torchs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], of: Tensor) -> None:
+    """Print a row: medians of turns, after one to warm up."""
+    turns = [(seconds(torchs, of), seconds(ours, of)) for _ in range(1 + REPEATS)][1:]
+    theirs, own = (1000 * statistics.median(times) for times in zip(*turns, strict=True))
+    ratio = statistics.median(before / after for before, after in turns)
+    print(f"| {name} | {theirs:.0f} | {own:.0f} | {ratio:.1f} |", flush=True)
+
+
+def bilstm() -> None:
+    """Clips reversed one by one, against packed sequences, for which torch has no fast kernel on the CPU."""
+    lengths = torch.randint(FRAMES // 2, FRAMES + 1, (CLIPS,))
+    lengths[0] = FRAMES
+    packed, ours = nn.LSTM(768, 256, batch_first=True, bidirectional=True), BiLSTM(768, 256, 1)
+
+    def torchs(frames: Tensor) -> Tensor:
+        sequence = pack_padded_sequence(frames, lengths, batch_first=True, enforce_sorted=False)
+        states: Tensor = pad_packed_sequence(packed(sequence)[0], batch_first=True)[0]
+        return states
+
+    frames = torch.randn(CLIPS, FRAMES, 768)
+    compare("BiLSTM of 2 x 256 over padded clips", torchs, lambda frames: ours(frames, lengths), frames)
+
+
+def positions(config: ScratchEncoderConfig) -> None:
+    """By Fourier transform, against the convolution."""
+    embedding = encoder.from_scratch(config).encoder.pos_conv_embed
+    hidden = torch.randn(CLIPS, FRAMES, config.hidden_size, requires_grad=True)
+
+    def torchs(hidden: Tensor) -> Tensor:
+        return F.gelu(embedding.conv(hidden.mT)[..., :FRAMES])
+
+    compare(f"positions of {config.hidden_size} channels", torchs, embedding, hidden)
+
+
+def dropout(precision: torch.dtype) -> None:
+    """One random number for four elements, against one for each."""
+    hidden = torch.randn(CLIPS, FRAMES, 3072, dtype=precision, requires_grad=True)
+    name = f"dropout of {hidden.numel() / 1e6:.0f} million elements in {str(precision).removeprefix('torch.')}"
+    compare(name, lambda hidden: F.dropout(hidden, 0.1), lambda hidden: encoder.drop(hidden, 0.1), hidden)
+
+
+def main() -> None:
+    """Print all rows."""
+    torch.manual_seed(0)
+    torch.set_num_threads(sides.threads())
+    print(f"{sides.machine()}\n\n{CLIPS} clips of {FRAMES} frames; float32 but where it is said")
+    print("| Operation | torch's, ms | ours, ms | times as fast |\n|---|---:|---:|---:|")
+    bilstm()
+    positions(BASE)
+    positions(SMALL)
+    dropout(torch.float32)
+    dropout(torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
