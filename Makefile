@@ -102,13 +102,13 @@ tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures o
 test: setup  ## run the tests
 	@python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
-test-heavy: setup  ## try a hundred times as many bad files, and a manifest of a million rows; takes an hour
+test-heavy: setup  ## try a hundred times as many bad files, and a manifest of a million rows; takes five minutes
 	@FUZZ_EXAMPLES=1500 python -m pytest -m "heavy or not heavy" tests/test_bad_input.py
 
 test-soak: setup  ## ten seeds in one results folder, with memory, files and disk watched; takes a quarter of an hour
 	@python -m pytest -m heavy -s tests/test_soak.py
 
-test-faults: opensmile  ## kill, stop and starve every stage, again and again; as root, for full disks; hours
+test-faults: opensmile  ## kill, stop and starve every stage, again and again; as root, for full disks; takes half an hour
 	@FAULT_TRIALS=$(or $(TRIALS),20) python -m pytest tests/test_faults.py
 
 test-slurm: setup  ## run the SLURM tests; as root, and on Debian: they install and start SLURM
