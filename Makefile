@@ -144,7 +144,7 @@ $(COVERAGE): | .venv/bin/python
 	@touch $@
 
 bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour
-	@for work in extraction kmeans_fit labels training gpu; do echo "## $$work"; python benchmarks/$$work.py; done
+	@for work in extraction kmeans_fit labels training operations gpu; do echo "## $$work"; python benchmarks/$$work.py; done
 
 lint: setup  ## check format, style, types and the workflow
 	ruff format --check .

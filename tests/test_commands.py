@@ -92,7 +92,6 @@ IMPORTED = "tests/test_commands.py::test_benchmark_can_be_imported"
 BENCHMARKS = ["checkpoint", "dry_run", "extraction", "gpu", "kmeans_fit", "labels", "scale", "storage", "training"]
 INSTEAD = {
     "make envs": ("openSMILE", "tests/test_environments.py::test_environment_is_up_to_date"),
-    "FUZZ_EXAMPLES=200 python -m pytest tests/test_bad_input.py": ("minutes", "tests/test_bad_input.py"),
     "gmp-atl <stage>": ("a stage's name", "gmp-atl corpus --help"),
     "gmp-atl predict": ("arguments", "gmp-atl predict --help"),
     "gmp-atl predict MODEL interview.flac --window 5 --hop 2.5 --gpus 1": (
