@@ -165,7 +165,7 @@ def test_onnx_gives_the_scores_of_evaluation_and_of_any_length(spoken, tmp_path)
         noise = random.normal(size=length).astype(np.float32)
         [local] = local_features(network.encoder, [noise], [Path("noise")], normalise=described.normalise_audio)
         expected = classifier.scores(
-            network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu")
+            network, described, Clips(["noise"], [local]), ComputeConfig(precision="float32"), torch.device("cpu")
         )
         found = session.run(["scores"], {"samples": noise[None]})[0]
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -189,7 +189,9 @@ def test_a_model_on_wavlm_is_exported_too(spoken, tmp_path):
     noise = 0.1 * np.random.default_rng(0).normal(size=9_000).astype(np.float32)
     network, described = classifier.load(tmp_path / "model")
     [local] = local_features(network.encoder, [noise], [Path("noise")], normalise=described.normalise_audio)
-    expected = classifier.scores(network, described, Clips(["noise"], [local]), ComputeConfig(), torch.device("cpu"))
+    expected = classifier.scores(
+        network, described, Clips(["noise"], [local]), ComputeConfig(precision="float32"), torch.device("cpu")
+    )
     session = onnxruntime.InferenceSession(tmp_path / "exported" / "model.onnx")
     np.testing.assert_allclose(session.run(["scores"], {"samples": noise[None]})[0], expected, atol=1e-5)
     found = pipeline("audio-classification", model=str(tmp_path / "exported"), device="cpu")(noise)
