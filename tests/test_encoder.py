@@ -306,6 +306,16 @@ def test_transformers_loads_what_is_saved(reference, encoder, tmp_path):
     assert encoders.load(tmp_path)[1] == {"encoder": "a name", "fitted_on": ["a", "b"]}
 
 
+def test_weights_are_drawn_only_where_no_file_has_them(reference, encoder):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    encoders.load(reference.folder)
+    assert torch.equal(torch.rand(1), expected)
+    first, second = (encoders.from_scratch(ScratchEncoderConfig(seed=seed)) for seed in (1, 2))
+    assert encoders.digest(first) != encoders.digest(second)
+
+
 def test_equal_encoders_are_equal_files(encoder, tmp_path):
     """safetensors alone writes the entries of its header in an order that differs from one call to the next."""
     for number in range(8):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.overrides import TorchFunctionMode
 
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.errors import UserError
@@ -610,9 +611,22 @@ def load_architecture(folder: Path, regularisation: Regularisation | None = None
         raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
     architecture = Architecture.from_config(config, path)
     try:
-        return Encoder(architecture, regularisation)
+        with _NoDraws():
+            return Encoder(architecture, regularisation)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{path}: its sizes make no HuBERT ({error}).") from None
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves weights as memory happens to be: to draw those of base takes as long as to read them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.uniform_:
+            return args[0]
+        drawn = func in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
+        return None if drawn else func(*args, **(kwargs or {}))
 
 
 def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def layer_features(
 ) -> None:
     """Write one LAYER_FEATURES file per layer, all from one pass; held-out clips are not opened.
 
-    The reading `clustering.fit_on: all` adds them, for k-means only. In memory are all layers of the clips of one row
-    group of the local features.
+    The reading `clustering.fit_on: all` adds them, for k-means only. In memory are all layers of the clips of two row
+    groups of the local features, one that is computed and one that is written.
     """
     device = devices.resolve(gpus)
     model, metadata = encoders.load_fitted(encoder)
@@ -56,13 +56,15 @@ def layer_features(
             header = {"dimensions": model.architecture.hidden_size, "layer": layer}
             origin = {"encoder": metadata["encoder"], "fitted_on": metadata["fitted_on"]}
             append[layer] = stack.enter_context(LAYER_FEATURES.writer(path, **header, **origin))
+        written: list[Future[None]] = []
         for clips in Clips.stream(local_features, split, encoder=metadata["encoder"]):
             states = _hidden_states(model, clips, layers, config, device)
-
-            written = [pool.submit(_write, append[layer], clips.ids, states[layer]) for layer in layers]
-            for each in written:
+            for each in written:  # of the row group before, meanwhile
                 each.result()
+            written = [pool.submit(_write, append[layer], clips.ids, states[layer]) for layer in layers]
             meter.advance(len(clips.ids), audio=FRAME_SECONDS * clips.lengths.sum())
+        for each in written:
+            each.result()
 
 
 def _write(append: Callable[[pa.RecordBatch], None], ids: list[str], frames: list[np.ndarray]) -> None:
