@@ -40,7 +40,7 @@ class Amount:
     device: str = "cpu"
 
 
-RETRAINING, FINETUNING = Amount(clips=2, updates=1), Amount(clips=16, updates=1)
+RETRAINING, FINETUNING = Amount(clips=2, updates=1), Amount(clips=8, updates=1)
 SIZES = (64, 512, 4096)
 CROP = 10.0
 CLASSES = 4
