@@ -178,7 +178,7 @@ class Format:
         digests = header.pop("groups")
         if len(digests) != file.num_row_groups:
             raise UserError(f"{path} is damaged: row groups are missing; delete it and run snakemake again.")
-        return File(path, self.schema, header, file, digests)
+        return File(path, header, file, digests)
 
     def read(self, path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
         """All rows and the metadata. Raises as `open` does."""
@@ -210,7 +210,6 @@ class File:
     """A file of a run that was opened; every column that is read is compared with its digest."""
 
     path: Path
-    schema: pa.Schema
     header: dict[str, Any]
     """The metadata."""
     _file: pq.ParquetFile
