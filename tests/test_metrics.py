@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from gmp_atl.metrics import confusion, uar, war
+from gmp_atl.metrics import confusion, confusion_of_names, uar, war
 
 CLASSES = 4
 PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1)), min_size=1, max_size=60)
@@ -23,6 +23,13 @@ def test_figures_are_those_of_scikit_learn(pairs):
     macro = recall_score(labels, predictions, labels=np.unique(labels), average="macro", zero_division=0)
     assert uar(matrix) == pytest.approx(100 * macro)
     assert war(matrix) == pytest.approx(100 * accuracy_score(labels, predictions))
+
+
+@given(PAIRS, st.permutations("abcd"))
+def test_confusions_of_names_are_in_the_order_of_the_classes(pairs, classes):
+    labels, predictions = (["abcd"[number] for number in numbers] for numbers in zip(*pairs, strict=True))
+    expected = confusion_matrix(labels, predictions, labels=classes)
+    np.testing.assert_array_equal(confusion_of_names(labels, predictions, classes), expected)
 
 
 @given(PAIRS)
