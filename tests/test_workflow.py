@@ -422,11 +422,14 @@ class Stopped:
         return process
 
     def stop(self, number: signal.Signals) -> None:
-        """Start, and send a signal to Snakemake and its jobs, as Ctrl-C does."""
+        """Start, and send a signal to Snakemake and its jobs, as Ctrl-C does; returns when all have ended."""
         process = self.start()
+        jobs = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, number)
         said, _ = process.communicate()
         assert process.returncode != 0, said
+        # A job may end after Snakemake; its last checkpoint would look like one of the next start.
+        assert not psutil.wait_procs(jobs, timeout=60)[1]
         assert self.checkpoint.exists(), said
 
     @property
