@@ -36,10 +36,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CONFIGS = [ROOT / "config.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 TEXT = {path: path.read_text(encoding="utf-8") for path in [*PAGES, *CONFIGS]}
 
-HOURS, IEMOCAP, NETWORK, SLURM = "hours", "IEMOCAP and hours", "the network", "SLURM"
+LONG, IEMOCAP, NETWORK, SLURM = "minutes to hours", "IEMOCAP and hours", "the network", "SLURM"
 EXPANDED = {
     "make audit": NETWORK,
-    "make bench": HOURS,
+    "make bench": LONG,
     "make demo OPENSMILE=0": "nothing but `make demo`",
     "make lint": "a minute; CI runs it",
     "make coverage": "the network, and many minutes",
@@ -52,9 +52,9 @@ EXPANDED = {
     "make setup opensmile": NETWORK,
     "make test": "minutes; it runs this",
     "make test-conda": "13 GB and many minutes",
-    "make test-faults": HOURS,
-    "make test-heavy": HOURS,
-    "make test-soak": HOURS,
+    "make test-faults": LONG,
+    "make test-heavy": LONG,
+    "make test-soak": LONG,
     "make test-slurm": "root and the network; CI runs it",
 }
 """What is needed by targets of which make only prints all commands here."""

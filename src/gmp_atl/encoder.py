@@ -525,8 +525,7 @@ class TransformerLayer(nn.Module):
 def drop(hidden: Tensor, probability: float) -> Tensor:
     """Dropout, for a probability below one, which is rounded to 1/65,536 on a CPU.
 
-    There torch draws one number after another, one for each element, which took a sixth of an update (docs/speed.md);
-    here one decides on four elements.
+    There torch draws a number for each element, one after another; here one decides on four (benchmarks/operations.py).
     """
     if probability == 0:
         return hidden

@@ -240,7 +240,7 @@ class File:
 
 
 def _digest(column: pa.Array) -> str:
-    """Of the values, however they lie in memory."""
+    """First 16 hexadecimal digits of a SHA-256 of lengths and values, however they lie in memory."""
     digest = hashlib.sha256()
     while pa.types.is_list(column.type):
         digest.update(f"{len(column)} {column.null_count}\n".encode())
