@@ -173,11 +173,11 @@ class Format:
                 f"{self.version} is expected; delete it and run snakemake again."
             )
         if hashlib.sha256(texts[_KEY].encode()).hexdigest() != texts.get(_DIGEST):
-            raise UserError(f"{path} is damaged: its metadata have changed; delete it and run snakemake again.")
+            raise _damaged(path, "its metadata have changed")
         self._check(header, path)
         digests = header.pop("groups")
         if len(digests) != file.num_row_groups:
-            raise UserError(f"{path} is damaged: row groups are missing; delete it and run snakemake again.")
+            raise _damaged(path, "row groups are missing")
         return File(path, header, file, digests)
 
     def read(self, path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
@@ -235,8 +235,12 @@ class File:
                 if _digest(column) != self._digests[group].get(name):
                     raise ValueError(f"its column {name} has changed")
         except _DAMAGE as error:
-            raise UserError(f"{self.path} is damaged ({error}); delete it and run snakemake again.") from None
+            raise _damaged(self.path, error) from None
         return rows
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} is damaged: {reason}; delete it and run snakemake again.")
 
 
 def _digest(column: pa.Array) -> str:
@@ -276,7 +280,7 @@ def check_tensors(header: Mapping[str, str] | None, tensors: Mapping[str, np.nda
         return {}
     metadata = _json_object(header[_KEY])
     if metadata.pop("sha256", None) != _tensor_digest(tensors, metadata):
-        raise UserError(f"{path} is damaged: its sha256 has changed; delete it and run snakemake again.")
+        raise _damaged(path, "its sha256 has changed")
     return metadata
 
 
@@ -484,5 +488,5 @@ def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterat
                 if utterance in wanted
             }
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and run snakemake again.") from None
+            raise _damaged(path, error) from None
         yield found
