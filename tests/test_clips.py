@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmp_atl import clips as clips_module
+from gmp_atl.audio import AudioError
 from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, random_crops, whole, within_budget
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
@@ -27,6 +30,33 @@ def clips_of(lengths: list[int]) -> Clips:
     """Clips whose values say where they are from: (clip, frame)."""
     frames = [np.stack([np.full(n, clip), np.arange(n)], axis=1).astype(np.float16) for clip, n in enumerate(lengths)]
     return Clips([f"clip{number}" for number in range(len(lengths))], frames)
+
+
+# Convolutions as a GPU computes them, here on the CPU.
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6, 100.0])
+def test_local_features_of_many_clips_are_those_of_each_alone(tiny_encoder, monkeypatch, seconds):
+    monkeypatch.setattr(clips_module, "_SECONDS_TOGETHER", seconds)
+    random = np.random.default_rng(0)
+    waves = [torch.from_numpy(random.normal(0, 0.1, n).astype(np.float32)) for n in (4000, 400, 9000, 4001, 8700)]
+    with torch.inference_mode():
+        found, finite = clips_module._together(tiny_encoder, waves, CPU)
+        alone = [tiny_encoder.local_features(wave) for wave in waves]
+    assert finite == [True] * len(waves)
+    for one, other in zip(found, alone, strict=True):
+        assert one.dtype is torch.float16
+        torch.testing.assert_close(one.float(), other, atol=1e-3, rtol=1e-3)
+
+
+def test_a_clip_whose_features_float16_cannot_hold_is_named(tiny_encoder):
+    sources = [Path("a.wav"), Path("b.wav"), Path("c.wav")]
+    waves = [np.full(8000, value, np.float32) for value in (0.1, np.inf, 0.1)]
+    with torch.inference_mode():
+        _, finite = clips_module._together(tiny_encoder, [torch.from_numpy(wave) for wave in waves], CPU)
+    assert finite == [True, False, True]
+    with pytest.raises(AudioError, match=r"b\.wav.*float16"):
+        clips_module.local_features(tiny_encoder, waves, sources, normalise=False)
 
 
 # Epochs.

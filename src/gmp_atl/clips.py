@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmp_atl import audio, devices
 from gmp_atl.audio import SAMPLE_RATE, AudioError
-from gmp_atl.encoder import HOP, Encoder
+from gmp_atl.encoder import HOP, Encoder, n_frames
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
@@ -22,8 +22,8 @@ from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 FRAME_SECONDS = HOP / SAMPLE_RATE
 _ENOUGH = {"cpu": 8.0, "cuda": 80.0}
 """Seconds of audio in a group, by kind of device, with which matrix products run at their full speed."""
-_CLIPS_TOGETHER = 16
-"""Whose convolutions a GPU computes at once: 0.5 GB pass from the first to the second, of clips of 10 s."""
+_SECONDS_TOGETHER = 160.0
+"""Of audio, whose convolutions a GPU computes at once: 0.5 GB pass from the first to the second."""
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
 
@@ -62,21 +62,37 @@ def local_features(
         AudioError: float16 cannot hold them.
     """
     device = encoder.masked_spec_embed.device
-    waveforms = [devices.send(torch.from_numpy(samples), device) for samples in waves]
+    waveforms = [torch.from_numpy(samples) for samples in waves]
     if normalise:
         waveforms = [(each - each.mean()) / torch.sqrt(each.var(correction=0) + 1e-7) for each in waveforms]
-    found: list[Tensor] = []
     if device.type == "cpu":
         found = [encoder.local_features(waveform).half() for waveform in waveforms]
+        finite = [bool(features.isfinite().all()) for features in found]
     else:
-        for first in range(0, len(waveforms), _CLIPS_TOGETHER):
-            group = encoder.local_features_together(waveforms[first : first + _CLIPS_TOGETHER])
-            found += [features.half() for features in group]
-    finite = torch.stack([features.isfinite().all() for features in found]).tolist()
+        found, finite = _together(encoder, waveforms, device)
     if not all(finite):
         source = sources[finite.index(False)]
         raise AudioError(source, "local features exceed the range of float16", "the clip is not speech of usual level")
-    return [features.cpu().numpy() for features in found]
+    return [features.numpy() for features in found]
+
+
+def _together(encoder: Encoder, waveforms: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[bool]]:
+    """Local features in float16, on the CPU, and whether they are finite; many clips at a time, as a GPU wants them."""
+    found: list[Tensor] = [torch.empty(0)] * len(waveforms)
+    finite = [True] * len(waveforms)
+    crops = [Crop(index, 0, n_frames(len(waveform))) for index, waveform in enumerate(waveforms)]
+    for group in within_budget(crops, _SECONDS_TOGETHER, device):
+        indices, frames = [crop.index for crop in group], [crop.length for crop in group]
+        padded = nn.utils.rnn.pad_sequence([waveforms[index] for index in indices], batch_first=True)
+        lengths = torch.tensor([len(waveforms[index]) for index in indices])
+        features = encoder.feature_extractor.together(*(devices.send(each, device) for each in (padded, lengths)))
+        valid = [each[:length] for each, length in zip(features.half(), frames, strict=True)]
+        are_finite = torch.stack([each.isfinite().all() for each in valid])
+        for index, each in zip(indices, torch.split(torch.cat(valid).cpu(), frames), strict=True):
+            found[index] = each
+        for index, is_finite in zip(indices, are_finite.tolist(), strict=True):
+            finite[index] = is_finite
+    return found, finite
 
 
 class Clips:

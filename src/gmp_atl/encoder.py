@@ -168,13 +168,6 @@ class Encoder(nn.Module):
         features: Tensor = self.feature_extractor(audio)
         return features
 
-    def local_features_together(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """The same of many clips at once, as a GPU wants them."""
-        lengths = torch.tensor([len(clip) for clip in clips])
-        padded = nn.utils.rnn.pad_sequence(list(clips), batch_first=True)
-        features = self.feature_extractor.together(padded, lengths.to(padded.device))
-        return [each[: n_frames(length)] for each, length in zip(features, lengths.tolist(), strict=True)]
-
     def forward(self, local: Tensor, lengths: Tensor, layer: int = -1, mask: Tensor | None = None) -> Tensor:
         """Hidden states of one layer; see `hidden_states`."""
         return self.hidden_states(local, lengths, [layer], mask)[layer]
