@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from gmp_atl import encoder as encoders
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch
 from gmp_atl.config import HeadConfig, ScratchEncoderConfig
-from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, PositionEmbedding, Regularisation, n_frames
+from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, Packing, PositionEmbedding, Regularisation, n_frames
 from gmp_atl.errors import UserError
 
 transformers_logging.disable_progress_bar()
@@ -275,6 +276,19 @@ def test_elements_that_share_a_random_number_are_dropped_independently():
     torch.manual_seed(0)
     kept = (encoders.drop(torch.ones(200_000, 4), 0.5) > 0).double()
     torch.testing.assert_close(torch.corrcoef(kept.T), torch.eye(4, dtype=torch.float64), atol=0.012, rtol=0)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_packed_clips_hold_the_valid_frames_and_come_back_in_their_places(lengths):
+    packing = Packing.of(torch.tensor(lengths), torch.device("cpu"))
+    padded = torch.arange(1.0, 1 + len(lengths) * max(lengths) * 2).view(len(lengths), max(lengths), 2)
+    packed = packing.pack(padded)
+    ends = packing.starts.tolist()
+    for clip, (start, end) in enumerate(pairwise(ends)):
+        assert torch.equal(packed[start:end], padded[clip, : lengths[clip]])
+    assert ends[-1] == len(packed) == sum(lengths)
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    assert torch.equal(packing.unpack(packed), padded * valid[..., None])
 
 
 @pytest.mark.parametrize("lengths", [[30, 30], [30, 11]], ids=["full", "padded"])

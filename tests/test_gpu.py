@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Spoken, Stages
+from torch.nn import functional as F
 
 from gmp_atl import clips
 from gmp_atl import encoder as encoders
@@ -53,6 +55,22 @@ def test_positions_of_wide_groups_are_those_of_the_cpu(tiny_encoder: Encoder) ->
     with torch.inference_mode():
         on_cpu, on_gpu = positions(hidden), positions.cuda()(hidden.cuda()).cpu()
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[50, 50], [1, 37, 50]])
+def test_hidden_states_in_bfloat16_point_where_those_of_the_cpu_do(tiny_encoder: Encoder, lengths: list[int]) -> None:
+    """Padded clips are packed on a GPU."""
+    local = torch.randn(len(lengths), 50, tiny_encoder.architecture.conv_dim[-1])
+    valid = torch.arange(50) < torch.tensor(lengths)[:, None]
+    encoder = copy.deepcopy(tiny_encoder).eval()
+    layers = range(-tiny_encoder.architecture.num_hidden_layers, 0)
+    with torch.inference_mode():
+        on_cpu = encoder.hidden_states(local, torch.tensor(lengths), layers)
+        encoder.cuda().cast(torch.bfloat16)
+        on_gpu = encoder.hidden_states(local.cuda(), torch.tensor(lengths), layers)
+    for layer in layers:
+        similarity = F.cosine_similarity(on_gpu[layer].float().cpu(), on_cpu[layer], dim=-1)[valid]
+        assert similarity.min() > 0.995, layer
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

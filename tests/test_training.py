@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from gmp_atl import training
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import load_tensors
+from gmp_atl.encoder import Encoder, load_tensors
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY
 from gmp_atl.randomness import Key
@@ -265,6 +265,81 @@ def test_the_global_generators_are_not_relied_on(run):
     torch.manual_seed(2)
     disturbed.trainer.run()
     assert equal(plain.weights, disturbed.weights)
+
+
+# Precision.
+
+
+class Reader(nn.Module):
+    """An encoder, and a layer of its own, which is not rounded."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder, self.output = copy.deepcopy(encoder), nn.Linear(encoder.architecture.hidden_size, 1)
+
+
+@pytest.fixture
+def trained_in(tiny_encoder, tmp_path) -> Callable[..., Trainer]:
+    """Builds a trainer of a `Reader` whose loss is the squared output, summed over the frames of each clip."""
+
+    def build(precision: str, seconds: float, watch: Callable[[Reader], Any] = lambda model: None) -> Trainer:
+        torch.manual_seed(0)
+        model, random = Reader(tiny_encoder), np.random.default_rng(0)
+        width = tiny_encoder.architecture.conv_dim[-1]
+        local = [random.normal(size=(length, width)).astype(np.float16) for length in (9, 30, 12, 21)]
+
+        def objective(batch: Batch, _: torch.Generator) -> Terms:
+            watch(model)
+            valid = torch.arange(batch.local.shape[1]) < batch.lengths[:, None]
+            outputs = model.output(model.encoder(batch.local, batch.lengths))[..., 0].float()
+            return Terms((outputs.square() * valid).sum(), len(batch.indices))
+
+        return Trainer(
+            model,
+            objective,
+            Clips([f"clip{number}" for number in range(len(local))], local),
+            config=OptimisationConfig(batch_size=4, learning_rate=1e-2, dropout=0.0, attention_dropout=0.0),
+            compute=ComputeConfig(precision=precision, batch_seconds=seconds),
+            key=Key(0, 1, "stage"),
+            device=torch.device("cpu"),
+            checkpoint=tmp_path / "checkpoint.safetensors",
+            fingerprint="of this run",
+            epochs=3,
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("seconds", [100.0, 1e-6])
+def test_in_bfloat16_gradients_are_those_of_float32_and_weights_stay_in_it(trained_in, seconds):
+    """Of all clips at once, and of one after another, whose gradients are added up in float32."""
+    dtypes = []
+
+    def watch(model: Reader) -> None:
+        dtypes.append((model.encoder.encoder.layers[0].layer_norm.weight.dtype, model.output.weight.dtype))
+
+    single, half = trained_in("float32", 100.0), trained_in("bfloat16", seconds, watch)
+    for trainer in (single, half):
+        trainer._update()
+    assert set(dtypes) == {(torch.bfloat16, torch.float32)}
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+    for name, parameter in single.parameters.items():
+        found, expected = half.parameters[name].grad, parameter.grad
+        assert (found is None) == (expected is None), name
+        if expected is not None and expected.norm() > 1e-3:
+            assert found.dtype is torch.float32
+            assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98, name
+
+
+def test_an_update_that_breaks_off_leaves_the_weights_as_they_were(trained_in):
+    def fail(_: Reader) -> None:
+        raise Killed
+
+    trainer = trained_in("bfloat16", 100.0, fail)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(Killed):
+        trainer._update()
+    assert equal(dict(trainer.model.state_dict()), before)
 
 
 # Stopping and going on.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
 
+from gmp_atl import devices
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.errors import UserError
 from gmp_atl.formats import atomic, check_tensors, tensor_metadata, write_text
@@ -159,9 +161,14 @@ class Encoder(nn.Module):
     def cast(self, dtype: torch.dtype) -> None:
         """Hold the weights in `dtype` from now on, for passes without gradients; convolutions as `arrange` says."""
         self.feature_extractor.arrange(dtype)
-        self.feature_projection.to(dtype)
-        self.encoder.to(dtype)
-        self.masked_spec_embed.data = self.masked_spec_embed.data.to(dtype)
+        for parameter in self.of_transformer():
+            parameter.data = parameter.data.to(dtype)
+
+    def of_transformer(self) -> Iterator[nn.Parameter]:
+        """All parameters but those of the convolutions."""
+        yield self.masked_spec_embed
+        yield from self.feature_projection.parameters()
+        yield from self.encoder.parameters()
 
     def local_features(self, audio: Tensor) -> Tensor:
         """Output of the convolutions for one unpadded clip: (samples,) at 16 kHz to (frames, conv_dim[-1])."""
@@ -186,18 +193,26 @@ class Encoder(nn.Module):
         Returns:
             One (batch, frames, hidden_size) per layer; what stands at padded frames has no meaning.
         """
-        valid = (torch.arange(local.shape[1]) < lengths[:, None]).to(local.device, non_blocking=True)
-        # Without padding no attention mask is needed, which lets the fastest attention kernels run.
-        attend = None if int(lengths.min()) == local.shape[1] else valid[:, None, None, :]
+        valid = devices.send(torch.arange(local.shape[1]) < lengths[:, None], local.device)
         regularisation = self.regularisation if self.training else Regularisation()
-        local = local.to(self.masked_spec_embed.dtype).masked_fill(~valid[..., None], 0.0)
-        hidden = self.feature_projection(local)
-        hidden = drop(hidden, regularisation.dropout)
-        if mask is not None:
-            hidden = torch.where(mask[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
-        # The position embedding is a convolution: what stands in the padding would reach valid frames.
-        hidden = hidden.masked_fill(~valid[..., None], 0.0)
-        return self.encoder(hidden, attend, self.depths(layers), regularisation)
+        held = self.masked_spec_embed.dtype
+        # Weights that are held in bfloat16 need no cast, and autocast would normalise layers in float32.
+        with nullcontext() if held is torch.float32 else torch.autocast(local.device.type, enabled=False):
+            hidden = self.feature_projection(local.to(held).masked_fill(~valid[..., None], 0.0))
+            hidden = drop(hidden, regularisation.dropout)
+            if mask is not None:
+                hidden = torch.where(mask[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
+            # The position embedding is a convolution: what stands in the padding would reach valid frames.
+            hidden = hidden.masked_fill(~valid[..., None], 0.0)
+            return self.encoder(hidden, self._padding(valid, lengths, held), self.depths(layers), regularisation)
+
+    def _padding(self, valid: Tensor, lengths: Tensor, held: torch.dtype) -> Tensor | Packing | None:
+        """How attention is kept from the padding; None where there is none, which lets the fastest kernels run."""
+        if int(lengths.min()) == valid.shape[1]:
+            return None
+        if valid.device.type == "cuda" and held is not torch.float32 and self.architecture.num_buckets is None:
+            return Packing.of(lengths, valid.device)
+        return valid[:, None, None, :]
 
     def depths(self, layers: Iterable[int]) -> dict[int, int]:
         """How many transformer layers must run for each layer asked for."""
@@ -206,6 +221,42 @@ class Encoder(nn.Module):
         if absent:
             raise UserError(f"Layer {absent[0]} is asked for, but this HuBERT has layers -1 to -{count}.")
         return {layer: count + 1 + layer for layer in layers}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Clips without their padding, frame after frame: for the GPU's attention kernel that takes no mask."""
+
+    rows: Tensor
+    """Of the valid frames, counted through the padded batch, (valid frames,)."""
+    starts: Tensor
+    """Of each clip among them, and their number, (clips + 1,) of int32."""
+    longest: int
+    """Frames of the longest clip."""
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device) -> Packing:
+        """Args: lengths: valid frames per clip, on the CPU."""
+        longest = int(lengths.max())
+        rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return cls(devices.send(rows, device), devices.send(starts, device), longest)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(clips, frames, ...) to (valid frames, ...)."""
+        return padded.flatten(0, 1)[self.rows]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The reverse, zero where padded."""
+        padded = packed.new_zeros((len(self.starts) - 1) * self.longest, *packed.shape[1:])
+        return padded.index_copy(0, self.rows, packed).view(-1, self.longest, *packed.shape[1:])
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Each clip within itself: (valid frames, heads, width of a head) each, and so the result."""
+        # torch.nn.attention.varlen_attn is this without dropout.
+        around = self.starts, self.starts, self.longest, self.longest
+        mixed: Tensor = torch.ops.aten._flash_attention_forward(query, key, value, *around, dropout, False, False)[0]
+        return mixed
 
 
 class Convolutions(nn.Module):
@@ -357,7 +408,7 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, attend: Tensor | None, depths: dict[int, int], regularisation: Regularisation
+        self, hidden: Tensor, padding: Tensor | Packing | None, depths: dict[int, int], regularisation: Regularisation
     ) -> dict[int, Tensor]:
         hidden = hidden + self.pos_conv_embed(hidden)
         if not self.pre_norm:
@@ -365,14 +416,19 @@ class Transformer(nn.Module):
         hidden = drop(hidden, regularisation.dropout)
         first: TransformerLayer = self.layers[0]  # type: ignore[assignment]
         positions = first.attention.positions(hidden.shape[1])
+        if isinstance(padding, Packing):
+            hidden = padding.pack(hidden)
         states: dict[int, Tensor] = {}
         for depth, layer in enumerate(self.layers[: max(depths.values())], start=1):
             if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
-                hidden = layer(hidden, attend, positions, regularisation)
+                hidden = layer(hidden, padding, positions, regularisation)
             states[depth] = hidden
         if self.pre_norm and len(self.layers) in states:
             states[len(self.layers)] = self.layer_norm(hidden)
-        return {layer: states[depth] for layer, depth in depths.items()}
+        found = {layer: states[depth] for layer, depth in depths.items()}
+        if isinstance(padding, Packing):
+            return {layer: padding.unpack(state) for layer, state in found.items()}
+        return found
 
 
 class PositionEmbedding(nn.Module):
@@ -454,12 +510,17 @@ class Attention(nn.Module):
         gated = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * positions
         return gated if attend is None else gated.masked_fill(~attend, -math.inf)
 
-    def forward(self, hidden: Tensor, attend: Tensor | None, positions: Tensor | None, dropout: float) -> Tensor:
+    def forward(
+        self, hidden: Tensor, padding: Tensor | Packing | None, positions: Tensor | None, dropout: float
+    ) -> Tensor:
         query, key, value = (
-            projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(hidden).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mask = attend if positions is None else self._bias(hidden, attend, positions).to(query.dtype)
+        if isinstance(padding, Packing):
+            packed: Tensor = self.out_proj(padding.attention(query, key, value, dropout).flatten(1))
+            return packed
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mask = padding if positions is None else self._bias(hidden, padding, positions).to(query.dtype)
         if dropout and query.device.type == "cpu":
             mixed = _attended(query, key, mask, dropout) @ value
         else:
@@ -502,14 +563,18 @@ class TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(
-        self, hidden: Tensor, attend: Tensor | None, positions: Tensor | None, regularisation: Regularisation
+        self,
+        hidden: Tensor,
+        padding: Tensor | Packing | None,
+        positions: Tensor | None,
+        regularisation: Regularisation,
     ) -> Tensor:
         dropout, attention_dropout = regularisation.dropout, regularisation.attention_dropout
         if self.pre_norm:
-            mixed = self.attention(self.layer_norm(hidden), attend, positions, attention_dropout)
+            mixed = self.attention(self.layer_norm(hidden), padding, positions, attention_dropout)
             hidden = hidden + drop(mixed, dropout)
             return hidden + self.feed_forward(self.final_layer_norm(hidden), dropout)
-        mixed = self.attention(hidden, attend, positions, attention_dropout)
+        mixed = self.attention(hidden, padding, positions, attention_dropout)
         hidden = self.layer_norm(hidden + drop(mixed, dropout))
         out: Tensor = self.final_layer_norm(hidden + self.feed_forward(hidden, dropout))
         return out

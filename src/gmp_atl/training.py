@@ -30,7 +30,7 @@ from gmp_atl import devices
 from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
 from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import Regularisation, load_tensors, save_tensors
+from gmp_atl.encoder import Encoder, Regularisation, load_tensors, save_tensors
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY, remove_partial, sha256
 from gmp_atl.progress import PROGRESS_SECONDS, clock
@@ -159,6 +159,7 @@ class Trainer:
         self.updates = updates if updates is not None else (epochs or 0) * self.updates_per_epoch
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
+        self._rounded = self._round()
         self.progress = Progress()
         self._unsettled: Unsettled | None = None
         self._order: tuple[int, list[list[int]]] = (-1, [])
@@ -215,15 +216,19 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = None
         parts: list[Terms] = []
-        for members in within_budget(crops, self.compute.batch_seconds, self.device):
-            batch = collate(self.clips, members)
-            with devices.autocast(self.device, self.precision):
-                terms = self.objective(batch, generator)
-            terms.loss.backward()  # type: ignore[no-untyped-call]
-            parts.append(Terms(terms.loss.detach(), terms.count, terms.quantities))
+        gradients: dict[str, Tensor] = {}
+        with self._lowered():
+            for members in within_budget(crops, self.compute.batch_seconds, self.device):
+                batch = collate(self.clips, members)
+                with devices.autocast(self.device, self.precision):
+                    terms = self.objective(batch, generator)
+                terms.loss.backward()  # type: ignore[no-untyped-call]
+                self._add_up(gradients)
+                parts.append(Terms(terms.loss.detach(), terms.count, terms.quantities))
         count = sum(part.count for part in parts)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / count)
+        torch._foreach_mul_(list(gradients.values()), 1 / count)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients.get(name)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         self._settle()
         made = self._measure(parts, count, norm, rate, [self.clips.ids[crop.index] for crop in crops])
@@ -235,6 +240,44 @@ class Trainer:
         if self.validate and self.progress.update % self.updates_per_epoch == 0:
             self._keep_best(self.validate)
         return sum(crop.length for crop in crops) * FRAME_SECONDS
+
+    def _round(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters of the encoder's transformer, and where they are rounded to; none in float32."""
+        if self.precision is torch.float32:
+            return []
+        encoders = [module for module in self.model.modules() if isinstance(module, Encoder)]
+        parameters = [parameter for encoder in encoders for parameter in encoder.of_transformer()]
+        return [(each, torch.empty_like(each, dtype=self.precision, requires_grad=False)) for each in parameters]
+
+    @contextmanager
+    def _lowered(self) -> Iterator[None]:
+        """The encoder's weights rounded to bfloat16 within, where that is the precision: else each layer casts them."""
+        trained = [parameter.data for parameter, _ in self._rounded]
+        if trained:
+            torch._foreach_copy_([rounded for _, rounded in self._rounded], trained)
+        for parameter, rounded in self._rounded:
+            parameter.data = rounded
+        try:
+            yield
+        finally:
+            for (parameter, _), weights in zip(self._rounded, trained, strict=True):
+                parameter.data = weights
+
+    def _add_up(self, gradients: dict[str, Tensor]) -> None:
+        """Take the gradients of one backward pass out of the parameters, and add them to `gradients` in float32."""
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        rounded = [name for name, gradient in found.items() if gradient.dtype is not torch.float32]
+        if rounded:
+            of_rounded = [found[name] for name in rounded]
+            exact = [torch.empty_like(gradient, dtype=torch.float32) for gradient in of_rounded]
+            torch._foreach_copy_(exact, of_rounded)
+            found.update(zip(rounded, exact, strict=True))
+        again = [name for name in found if name in gradients]
+        if again:
+            torch._foreach_add_([gradients[name] for name in again], [found[name] for name in again])
+        gradients.update({name: gradient for name, gradient in found.items() if name not in gradients})
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _step(self, rate: float, failed: Tensor) -> None:
