@@ -6,8 +6,9 @@
 Measured with HuBERT base (random weights) and noise in clips as long as IEMOCAP's, as much as one of its sessions:
 
 - matrix products alone, the limit of all that follows;
-- audio seconds per second, model FLOP utilisation and peak GPU memory of extraction, retraining, fine-tuning and
-  evaluation, beside the peer's way (benchmarks/extraction.py, benchmarks/training.py) on the same GPU;
+- audio seconds per second, model FLOP utilisation and peak GPU memory of extraction, retraining (alone, and two jobs at
+  once, as compute.jobs_per_gpu allows), fine-tuning and evaluation, beside the peer's way (benchmarks/extraction.py,
+  benchmarks/training.py) on the same GPU;
 - where the time of a retraining update goes, and what its modules reach alone;
 - k-means with FAISS on the GPU and on the CPU, and with plain Lloyd in torch on the GPU.
 
@@ -70,6 +71,8 @@ class Plan:
     """Their centroids."""
     repeats: int
     """Of a module alone."""
+    shared_seconds: float
+    """How long jobs that share the GPU are watched."""
     sizes: dict[str, Any] = field(default_factory=dict)
     """Of the encoder, where not those of HuBERT base."""
 
@@ -82,8 +85,8 @@ class Plan:
 SESSION = 25_160 / 5
 """Seconds of audio in one of IEMOCAP's five sessions; a fold is trained on four."""
 TINY = {"conv_dim": (64,) * 7, "num_hidden_layers": 8, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
-FULL = Plan("cuda", 8192, SESSION, 120.0, 64, 4, 3, 1_000_000, training.SIZES, 20)
-TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 10_000, (64, 512), 1, TINY)
+FULL = Plan("cuda", 8192, SESSION, 120.0, 64, 4, 3, 1_000_000, training.SIZES, 20, 8.0)
+TOY = Plan("cpu", 256, 30.0, 20.0, 7, 2, 1, 10_000, (64, 512), 1, 0.1, TINY)
 CONVOLUTIONS, TRANSFORMER, UPDATE = 4.9, 9.0, 27.0
 """GFLOP per second of audio, docs/speed.md."""
 POSITIONS = 2 * 50 * 768 * (768 / 16) * 128 / 1e9
@@ -93,6 +96,8 @@ PASSES = 21
 """Over the frames in a fit: 20 iterations, and the labels."""
 PART = 10
 """k-means is given the same frames so many times, or timed on so small a part of them."""
+JOBS = 2
+"""That share the GPU: compute.jobs_per_gpu."""
 RUNS = 15
 """Folds times seeds of the paper's experiment."""
 
@@ -263,7 +268,7 @@ def extract(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, 
 
     convolved = measure_stage(twice, lambda folder: workload.convolve(folder, gpus=gpus), few, many)
     rates.add("local_features: WAV files to Parquet", CONVOLUTIONS, convolved)
-    rates.add("convolutions alone, of samples in memory", CONVOLUTIONS, measure(plan, convolutions(plan, few)))
+    rates.add("convolutions alone, of samples in memory", CONVOLUTIONS, measure(plan, convolutions(plan, many)))
     transformed = measure_stage(twice, transform, few, many)
     rates.add("layer_features: eight layers to Parquet", TRANSFORMER, transformed)
     rates.add("transformer alone, eight layers", TRANSFORMER, measure(plan, passes(plan, many)))
@@ -333,7 +338,7 @@ def peer_extraction(plan: Plan, folder: Path) -> sides.Work:
 
 
 def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Measured, Measured]:
-    """Retraining, fine-tuning, evaluation; returns the measures of ours."""
+    """Retraining, fine-tuning, evaluation; returns the measures of ours, of retraining with jobs that share the GPU."""
     amount = training.Amount(plan.clips, plan.updates, plan.device)
     less = replace(amount, clips=plan.peer_clips)
     padded = replace(amount, updates=math.ceil(plan.updates / 4))  # of clips at random, as good as an epoch
@@ -345,7 +350,8 @@ def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Me
         rates.attempt(name, gflop, lambda: measure(plan, side(folder)))
 
     of_clips = f"{plan.clips} clips an update"
-    retrained = add(f"retraining, {of_clips}", UPDATE, training.retraining("auto", amount), many)
+    add(f"retraining, {of_clips}", UPDATE, training.retraining("auto", amount), many)
+    retrained = rates.add(f"retraining, {of_clips}, {JOBS} jobs at once", UPDATE, sharing(plan, many))
     of_less = f"{less.clips} clips an update"
     add(f"retraining, {of_less}", UPDATE, training.retraining("auto", less), many)
     attempt(f"retraining, {of_less}, peer", CONVOLUTIONS + UPDATE, training.peer_retraining(less), many)
@@ -356,28 +362,62 @@ def train(plan: Plan, rates: Rates, few: Path, many: Path) -> tuple[Measured, Me
     return retrained, finetuned, evaluated
 
 
+def sharing(plan: Plan, folder: Path) -> Measured:
+    """Retraining in several processes at once: all of them together."""
+    where = [str(folder), str(plan.clips), plan.device, str(plan.shared_seconds)]
+    command = [sys.executable, __file__, "share", *where]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(JOBS)
+    ]
+    pipes = [(process.stdin, process.stdout) for process in processes]
+    for _, output in pipes:
+        assert output
+        assert output.readline() == "ready\n"
+    for process_input, _ in pipes:
+        assert process_input
+        process_input.write("go\n")
+        process_input.flush()
+    found = [json.loads(process.communicate()[0]) for process in processes]
+    return Measured(0.0, sum(each["rate"] for each in found), sum(each["gibibytes"] for each in found))
+
+
+def share(folder: Path, clips: int, device: str, seconds: float) -> None:
+    """One of the processes; prints its rate once it is told to go."""
+    plan = replace(FULL, device=device)
+    update = training.retraining("auto", training.Amount(clips, 1, device))(folder)
+    for _ in range(40 if device == "cuda" else 1):
+        update()
+    print("ready", flush=True)
+    input()
+    with memory(plan) as peak:
+        start, amount = clock(plan), 0.0
+        while time.perf_counter() - start < seconds:
+            amount += update()
+        print(json.dumps({"rate": amount / (clock(plan) - start), "gibibytes": peak()}))
+
+
 def modules(plan: Plan, rates: Rates, folder: Path) -> None:
     """The two kinds of module that an update consists of, alone: forward and backward, without waiting for the host."""
     import torch
 
     from gmp_atl import devices
     from gmp_atl import encoder as encoders
-    from gmp_atl.encoder import Regularisation
+    from gmp_atl.encoder import Packing, Regularisation
 
     device, regularisation = torch.device(plan.device), Regularisation(0.1, 0.1)
-    transformer = encoders.load(folder / "encoder")[0].to(device).train().encoder
+    dtype = devices.dtype("auto", device)
+    transformer = encoders.load(folder / "encoder")[0].to(device, dtype).train().encoder
     positions, layer = transformer.pos_conv_embed, transformer.layers[0]
     length = round(50 * workload.MEAN_SECONDS)
-    hidden = torch.randn(plan.clips, length, workload.DIMENSIONS, device=device, requires_grad=True)
-    attend = torch.ones(plan.clips, 1, 1, length, dtype=torch.bool, device=device)
-    attend[..., -3:] = False  # training batches are padded by 3 %
+    lengths = torch.full((plan.clips,), length)
+    padding = Packing.of(lengths, device) if plan.device == "cuda" else None
+    hidden = torch.randn(plan.clips, length, workload.DIMENSIONS, device=device, dtype=dtype, requires_grad=True)
+    packed = hidden if padding is None else padding.pack(hidden).detach().requires_grad_()
 
     def work(call: Callable[[], Tensor]) -> sides.Work:
         def repeat() -> float:
             for _ in range(plan.repeats):
-                with devices.autocast(device, devices.dtype("auto", device)):
-                    out = call()
-                out.sum().backward()  # type: ignore[no-untyped-call]
+                call().sum().backward()  # type: ignore[no-untyped-call]
             return plan.repeats * plan.clips * length / 50
 
         return repeat
@@ -386,7 +426,7 @@ def modules(plan: Plan, rates: Rates, folder: Path) -> None:
     rates.add(
         "one layer alone, in training",
         3 * (TRANSFORMER - POSITIONS) / 12,
-        measure(plan, work(lambda: layer(hidden, attend, None, regularisation))),
+        measure(plan, work(lambda: layer(packed, padding, None, regularisation))),
     )
 
 
@@ -542,7 +582,11 @@ def predict(
         ("multitask, as fine-tuning: 15 epochs", RUNS, epochs),
         ("layer_features", RUNS, 4 * SESSION / transformed.rate + transformed.start),
         (f"clustering, three codebooks: {way}", 8 * RUNS, codebooks),
-        ("retraining, 20,000 updates", 8 * RUNS, 20_000 * retrained.seconds / plan.updates),
+        (
+            f"retraining, 20,000 updates, {JOBS} jobs at once",
+            8 * RUNS,
+            20_000 * plan.seconds / plan.updates / retrained.rate,
+        ),
         ("finetuning, 15 epochs", 11 * RUNS, epochs),
         ("evaluation", 11 * RUNS, SESSION / evaluated.rate),
         ("starts of Python", 867, job_start(plan)),
@@ -551,7 +595,7 @@ def predict(
     for name, times, seconds in stages:
         row(name, str(times), f"{seconds:,.1f}", f"{times * seconds / 3600:.2f}")
     total = sum(times * seconds for _, times, seconds in stages) / 3600
-    row("all, one after the other", "", "", f"{total:.1f}")
+    row("all, one after the other but in retraining", "", "", f"{total:.1f}")
     print("\nNot counted: checkpoints, loading weights in training and evaluation, reading layer features for k-means.")
 
 
@@ -591,6 +635,8 @@ def main(plan: Plan) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["side"]:  # FAISS, in a process without torch
         faiss_passes(*map(int, sys.argv[3].split(",")))
+    elif sys.argv[1:2] == ["share"]:
+        share(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
     else:
         parser = argparse.ArgumentParser(description="The workflow on one GPU.")
         parser.add_argument("--toy", action="store_true", help="try it on the CPU, with next to nothing to do")

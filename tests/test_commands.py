@@ -73,6 +73,7 @@ PLANNED = {
     ],
     "GPUs, IEMOCAP and hours": [
         "snakemake --cores 16 --resources gpu=4",
+        "snakemake --cores all --resources gpu=2 --config compute='{jobs_per_gpu: 2}'",
         "snakemake --cores all --resources gpu=4",
     ],
     "another corpus and hours": [

@@ -34,10 +34,11 @@ os.unlink(busy)
 """
 
 
-def holder(folder: Path, pool: str, work: str, *, allocation: str = "") -> subprocess.Popen[str]:
+def holder(folder: Path, pool: str, work: str, *, allocation: str = "", share: int = 1) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     # TMPDIR may differ between the jobs of a run.
     environment |= {"TMPDIR": str(folder / "elsewhere"), "CUDA_VISIBLE_DEVICES": pool}
+    environment["GMP_ATL_JOBS_PER_GPU"] = str(share)
     if allocation:
         environment["SLURM_JOB_ID"] = allocation
     command = [sys.executable, "-c", HOLDER, work, str(folder), f"job{allocation}-"]
@@ -55,6 +56,23 @@ def test_no_device_is_held_twice(tmp_path: Path) -> None:
     outcomes = [(process.communicate(timeout=60), process.returncode) for process in processes]
     assert [code for _, code in outcomes] == [0] * 12, [errors for (_, errors), _ in outcomes]
     assert {out.strip() for (out, _), _ in outcomes} == {"0", "1", "GPU-3f"}
+
+
+def test_jobs_that_share_devices_take_one_each_before_any_is_shared(tmp_path: Path) -> None:
+    processes: list[subprocess.Popen[str]] = []
+    for _ in range(4):
+        processes.append(holder(tmp_path, "0,1", "forever", share=2))
+        assert processes[-1].stdout is not None
+    devices = [process.stdout.readline().strip() for process in processes if process.stdout]
+    waiting = holder(tmp_path, "0,1", "0", share=2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(timeout=1.5)
+    assert sorted(devices) == ["0", "0", "1", "1"]
+    processes[0].kill()
+    assert waiting.communicate(timeout=30)[0].strip() == devices[0]
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])

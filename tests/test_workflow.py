@@ -234,7 +234,7 @@ def test_second_run_has_nothing_to_do(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"compute": {"threads": 2, "checkpoint_minutes": 1}}, {}),
+        ({"compute": {"threads": 2, "checkpoint_minutes": 1, "jobs_per_gpu": 2}}, {}),
         ({"tables": {"numbers": [1, 4]}}, {"tables": 1, "figures": 1}),
         ({"finetuning": {"margin": 0.3}}, {"finetuning": 8, "evaluation": 8, "examples": 1, "tables": 1, "figures": 1}),
         (

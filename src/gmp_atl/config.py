@@ -137,6 +137,8 @@ class ComputeConfig(Section):
     """Audio, padding included, that goes through the transformer at once."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Time between two checkpoints of a training stage; 0 writes one after every update."""
+    jobs_per_gpu: Count = 1
+    """Jobs that may share one GPU, and its memory. The pool, `--resources gpu=N`, must allow as many."""
 
 
 class HeadConfig(Section):
@@ -374,7 +376,7 @@ class Config(Section):
         return self
 
 
-NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes"}}
+NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes", "jobs_per_gpu"}}
 """Keys that say where and how fast, not what: no part of the experiment's identity, nor of what a stage is given."""
 
 _UNREAD: dict[str, dict[str, Any]] = {stage: {"clustering": {"sizes"}} for stage in ("layer_features", "clustering")}

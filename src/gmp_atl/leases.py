@@ -1,8 +1,8 @@
 """One GPU per local job: Snakemake counts GPUs but does not say which, so jobs take a lock on one.
 
-A lease is a flock on a file per device in a folder of this host. The kernel gives it up with the process,
-however that ends, so no lease outlives its holder. A SLURM job that was given one device has nothing to choose;
-several in one allocation (salloc, with Snakemake inside) are shared out like those of a workstation.
+A lease is a flock on a file per device, and per job that may share it, in a folder of this host. The kernel gives it up
+with the process, however that ends, so no lease outlives its holder. A SLURM job that was given one device has nothing
+to choose; several in one allocation (salloc, with Snakemake inside) are shared out like those of a workstation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 LOCKS = Path(f"/tmp/gmp-atl-gpu-locks-{os.getuid()}-{socket.gethostname()}")
 """Not in TMPDIR, which may be another for each job, nor on a disk that hosts share."""
+JOBS_PER_GPU = int(os.environ.get("GMP_ATL_JOBS_PER_GPU", "1"))
+"""compute.jobs_per_gpu; by the environment, as `training.CHECKPOINT_MINUTES`."""
 _POLL_SECONDS = 0.5
 _REMIND_SECONDS = 60.0
 _held: list[int] = []
@@ -28,7 +30,7 @@ _held: list[int] = []
 
 
 def take_gpu(timeout: float = 3600.0) -> None:
-    """Wait for a free GPU, lock it until this process ends, and make it the only one visible to CUDA.
+    """Wait for a GPU that holds no job, or not too many, and make it the only one visible until this process ends.
 
     Call it before torch or faiss is imported. `timeout` is in seconds. Under SLURM with one visible device, or with
     none named, it does nothing: if that leaves the job without a GPU, `devices.resolve` says so.
@@ -51,12 +53,13 @@ def take_gpu(timeout: float = 3600.0) -> None:
         )
     folder.mkdir(mode=0o700, exist_ok=True)
     started = reminded = time.monotonic()
-    while not any(_try(folder / _file_name(device), device) for device in devices):
+    places = [(device, place) for place in range(JOBS_PER_GPU) for device in devices]  # first, one on each
+    while not any(_try(folder / _file_name(device, place), device) for device, place in places):
         now = time.monotonic()
         if now - started > timeout:
             raise UserError(
                 f"No GPU of {', '.join(devices)} became free within {timeout:.0f} s: other gmp-atl jobs hold them "
-                f"(locks in {folder}). Start fewer jobs at once: snakemake --resources gpu={len(devices)}"
+                f"(locks in {folder}). Start fewer jobs at once: snakemake --resources gpu={len(places)}"
             )
         if now - reminded > _REMIND_SECONDS or reminded == started:
             reminded = now
@@ -82,8 +85,8 @@ def _of_nvidia_smi() -> list[str]:
     return listed.stdout.split()
 
 
-def _file_name(device: str) -> str:
-    return device.replace(os.sep, "_") + ".lock"
+def _file_name(device: str, place: int) -> str:
+    return f"{device.replace(os.sep, '_')}.{place}.lock"
 
 
 def _try(lock: Path, device: str) -> bool:
