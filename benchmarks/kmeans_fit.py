@@ -5,8 +5,8 @@
 fairseq's settings: k-means++, max_iter 100, batches of 10,000, tol 0, max_no_improvement 100, n_init 20,
 reassignment_ratio 0. Both are judged by the mean squared distance of 20,000 frames that were not fitted on. Each fit is
 timed once, since scikit-learn's takes too long for repeats, after a small one to warm up. With 4096 centroids,
-scikit-learn's 20 starts are extrapolated from STARTS_MEASURED of them: its time is that of one run with so many, plus
-the others at their share.
+scikit-learn's 20 starts are extrapolated: its time is that of a fit with STARTS_MEASURED of them, whose inertia is
+told, plus the others at what one adds to fits that end after a pass over the frames.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def fairseq(size: int) -> tuple[float, np.ndarray]:
     """Seconds and centroids of the peer's way."""
     from sklearn.cluster import MiniBatchKMeans
 
-    def fit(fitted: np.ndarray, starts: int) -> tuple[float, np.ndarray]:
+    def fit(fitted: np.ndarray, starts: int, passes: int = 100) -> tuple[float, np.ndarray]:
         model = MiniBatchKMeans(
             size,
             init="k-means++",
-            max_iter=100,
+            max_iter=passes,
             batch_size=10_000,
             tol=0.0,
             max_no_improvement=100,
@@ -57,10 +57,10 @@ def fairseq(size: int) -> tuple[float, np.ndarray]:
     fit(fitted[:WARM_UP], 1)
     if size < 4096:
         return fit(fitted, STARTS)
-    one, _ = fit(fitted, 1)
-    several, centroids = fit(fitted, STARTS_MEASURED)
-    per_start = max(0.0, several - one) / (STARTS_MEASURED - 1)
-    return several + (STARTS - STARTS_MEASURED) * per_start, centroids
+    one, several = (fit(fitted, starts, passes=1)[0] for starts in (1, 1 + STARTS_MEASURED))
+    per_start = max(0.0, several - one) / STARTS_MEASURED
+    seconds, centroids = fit(fitted, STARTS_MEASURED)
+    return seconds + (STARTS - STARTS_MEASURED) * per_start, centroids
 
 
 def ours(size: int) -> tuple[float, np.ndarray]:
