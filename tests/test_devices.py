@@ -33,3 +33,16 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
     cpu = torch.device("cpu")
     assert devices.dtype("auto", cpu) == expected
     assert [devices.dtype(precision, cpu) for precision in ("bfloat16", "float32")] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("available", "capability", "expected"),
+    [(True, (9, 0), True), (True, (8, 0), True), (True, (7, 5), False), (False, (9, 0), False)],
+)
+def test_packed_clips_are_for_gpus_that_have_flash_attention(
+    monkeypatch: pytest.MonkeyPatch, available: bool, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert devices.attends_to_packed(torch.device("cuda")) is expected
+    assert not devices.attends_to_packed(torch.device("cpu"))

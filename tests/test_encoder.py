@@ -278,6 +278,22 @@ def test_elements_that_share_a_random_number_are_dropped_independently():
     torch.testing.assert_close(torch.corrcoef(kept.T), torch.eye(4, dtype=torch.float64), atol=0.012, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dtype", "lengths", "packed"),
+    [
+        (2, torch.bfloat16, [3, 7], True),
+        (2, torch.bfloat16, [7, 7], False),  # nothing to leave out
+        (2, torch.float32, [3, 7], False),  # no kernel
+        (8, torch.bfloat16, [3, 7], False),  # nor for heads as narrow as four
+    ],
+)
+def test_padded_clips_are_packed_where_a_kernel_takes_them(tiny_encoder, monkeypatch, heads, dtype, lengths, packed):
+    monkeypatch.setattr(encoders.devices, "attends_to_packed", lambda device: True)
+    encoder = Encoder(replace(tiny_encoder.architecture, num_attention_heads=heads))
+    valid = torch.arange(7) < torch.tensor(lengths)[:, None]
+    assert isinstance(encoder._padding(valid, torch.tensor(lengths), dtype), Packing) is packed
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_packed_clips_hold_the_valid_frames_and_come_back_in_their_places(lengths):
     packing = Packing.of(torch.tensor(lengths), torch.device("cpu"))

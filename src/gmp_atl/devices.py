@@ -45,6 +45,12 @@ def autocast(device: torch.device, compute: torch.dtype) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16)
 
 
+def attends_to_packed(device: torch.device) -> bool:
+    """Whether torch has FlashAttention there, for half precision: NVIDIA's GPUs since Ampere."""
+    available = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; a GPU is not waited for, as it would be if the copy left from ordinary memory."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -210,7 +210,9 @@ class Encoder(nn.Module):
         """How attention is kept from the padding; None where there is none, which lets the fastest kernels run."""
         if int(lengths.min()) == valid.shape[1]:
             return None
-        if valid.device.type == "cuda" and held is not torch.float32 and self.architecture.num_buckets is None:
+        width = self.architecture.hidden_size // self.architecture.num_attention_heads
+        plain = held is not torch.float32 and self.architecture.num_buckets is None and width % 8 == 0
+        if plain and devices.attends_to_packed(valid.device):
             return Packing.of(lengths, valid.device)
         return valid[:, None, None, :]
 
