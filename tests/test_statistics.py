@@ -90,10 +90,14 @@ def test_seeds_are_paired():
 
 
 @pytest.mark.parametrize("measure", ["UAR", "WAR"])
-def test_the_interval_of_sampling_covers_as_often_as_it_says(measure):
+@pytest.mark.parametrize(
+    ("recalls", "sizes"),
+    [([0.05, 0.5, 0.9], [20, 60, 120]), ([0.95, 0.9, 0.8], [15, 9, 14]), ([0.7, 0.5, 0.6], [6, 5, 7])],
+)
+def test_the_interval_of_sampling_covers_as_often_as_it_says(measure, recalls, sizes):
     """Recalls are known, and matrices drawn: 95 of 100 intervals should hold the true figure."""
     random = np.random.default_rng(0)
-    recalls, sizes = np.array([0.05, 0.5, 0.9]), np.array([20, 60, 120])
+    recalls, sizes = np.array(recalls), np.array(sizes)
     truth = 100 * (recalls.mean() if measure == "UAR" else recalls @ sizes / sizes.sum())
     held = 0
     for hits in random.binomial(sizes, recalls, size=(2000, 3)):
@@ -101,19 +105,18 @@ def test_the_interval_of_sampling_covers_as_often_as_it_says(measure):
         matrix[[0, 1, 2], [1, 2, 0]] = sizes - hits
         interval = sampling_interval([matrix], measure)
         held += interval.low <= truth <= interval.high
-        assert interval.n == 200
-    assert 0.94 < held / 2000 < 0.99
+        assert interval.n == sizes.sum()
+    assert 0.93 < held / 2000 < 0.99
 
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=9, max_size=9), min_size=1, max_size=3))
-def test_the_interval_of_sampling_is_within_percent_and_not_for_certain(counts):
+def test_the_interval_of_sampling_is_within_percent_and_around_what_was_found(counts):
     matrices = [np.reshape(each, (3, 3)) + np.eye(3, dtype=int) for each in counts]
     for measure, compute in (("UAR", uar), ("WAR", war)):
         interval = sampling_interval(matrices, measure)
         assert 0 <= interval.low < interval.high <= 100
         if len(matrices) == 1:
-            middle = (interval.low + interval.high) / 2
-            assert abs(middle - 50) <= abs(compute(matrices[0]) - 50) + 1e-6 or interval.low in (0, 100)
+            assert interval.low <= compute(matrices[0]) <= interval.high + 1e-9
 
 
 def test_seeds_do_not_make_the_interval_of_sampling_narrower():

@@ -129,8 +129,8 @@ def sampling_interval(matrices: Sequence[np.ndarray], measure: str, confidence: 
     """Of UAR or WAR, in percent, if other utterances of the same classes and speakers had been tested.
 
     Recalls are of all matrices together, but vary as those of one: seeds are tested on the same utterances. Two
-    successes and two failures are added to each class (Agresti and Coull 1998), so that a recall of 0 or 1 is not taken
-    for certain. `n` is the number of utterances.
+    successes and two failures are added, shared out among the classes (Price and Bonett 2004; of one class, Agresti and
+    Coull 1998), so that a recall of 0 or 1 is not taken for certain. `n` is the number of utterances.
 
     Args:
         matrices: Confusion counts, (classes, classes), one per seed.
@@ -142,8 +142,10 @@ def sampling_interval(matrices: Sequence[np.ndarray], measure: str, confidence: 
     hits = np.diag(pooled)[present] / len(matrices)
     if measure == "WAR":
         n, hits = np.array([n.sum()]), np.array([hits.sum()])
-    recalls = (hits + 2) / (n + 4)
-    half_width = ndtri((1 + confidence) / 2) * float(np.sqrt((recalls * (1 - recalls) / (n + 4)).sum())) / len(n)
+    added = 2 / len(n)
+    recalls = (hits + added) / (n + 2 * added)
+    variances = recalls * (1 - recalls) / (n + 2 * added)
+    half_width = ndtri((1 + confidence) / 2) * float(np.sqrt(variances.sum())) / len(n)
     middle = float(recalls.mean())
     return Interval(100 * max(0.0, middle - half_width), 100 * min(1.0, middle + half_width), int(n.sum()))
 
