@@ -96,8 +96,8 @@ PASSES = 21
 """Over the frames in a fit: 20 iterations, and the labels."""
 PART = 10
 """k-means is given the same frames so many times, or timed on so small a part of them."""
-JOBS = 2
-"""That share the GPU: compute.jobs_per_gpu."""
+JOBS, WARM_UP = 2, 40
+"""That share the GPU, as compute.jobs_per_gpu; updates of each before they are watched."""
 RUNS = 15
 """Folds times seeds of the paper's experiment."""
 
@@ -385,7 +385,7 @@ def share(folder: Path, clips: int, device: str, seconds: float) -> None:
     """One of the processes; prints its rate once it is told to go."""
     plan = replace(FULL, device=device)
     update = training.retraining("auto", training.Amount(clips, 1, device))(folder)
-    for _ in range(40 if device == "cuda" else 1):
+    for _ in range(WARM_UP if device == "cuda" else 1):
         update()
     print("ready", flush=True)
     input()

@@ -206,8 +206,8 @@ class Encoder(nn.Module):
             hidden = hidden.masked_fill(~valid[..., None], 0.0)
             return self.encoder(hidden, self._padding(valid, lengths, held), self.depths(layers), regularisation)
 
-    def _padding(self, valid: Tensor, lengths: Tensor, held: torch.dtype) -> Tensor | Packing | None:
-        """How attention is kept from the padding; None where there is none, which lets the fastest kernels run."""
+    def _padding(self, valid: Tensor, lengths: Tensor, held: torch.dtype) -> Padding:
+        """None where no clip is padded, which lets the fastest kernels run."""
         if int(lengths.min()) == valid.shape[1]:
             return None
         width = self.architecture.hidden_size // self.architecture.num_attention_heads
@@ -259,6 +259,11 @@ class Packing:
         around = self.starts, self.starts, self.longest, self.longest
         mixed: Tensor = torch.ops.aten._flash_attention_forward(query, key, value, *around, dropout, False, False)[0]
         return mixed
+
+
+Padding = Tensor | Packing | None
+"""How attention leaves the padding out: frames to attend to, (clips, 1, 1, frames) of bool, or packed clips; None where
+there is none."""
 
 
 class Convolutions(nn.Module):
@@ -410,7 +415,7 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, padding: Tensor | Packing | None, depths: dict[int, int], regularisation: Regularisation
+        self, hidden: Tensor, padding: Padding, depths: dict[int, int], regularisation: Regularisation
     ) -> dict[int, Tensor]:
         hidden = hidden + self.pos_conv_embed(hidden)
         if not self.pre_norm:
@@ -512,9 +517,7 @@ class Attention(nn.Module):
         gated = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * positions
         return gated if attend is None else gated.masked_fill(~attend, -math.inf)
 
-    def forward(
-        self, hidden: Tensor, padding: Tensor | Packing | None, positions: Tensor | None, dropout: float
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, padding: Padding, positions: Tensor | None, dropout: float) -> Tensor:
         query, key, value = (
             projection(hidden).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -565,11 +568,7 @@ class TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(
-        self,
-        hidden: Tensor,
-        padding: Tensor | Packing | None,
-        positions: Tensor | None,
-        regularisation: Regularisation,
+        self, hidden: Tensor, padding: Padding, positions: Tensor | None, regularisation: Regularisation
     ) -> Tensor:
         dropout, attention_dropout = regularisation.dropout, regularisation.attention_dropout
         if self.pre_norm:

@@ -159,7 +159,7 @@ class Trainer:
         self.updates = updates if updates is not None else (epochs or 0) * self.updates_per_epoch
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
-        self._rounded = self._round()
+        self._rounded = self._to_round()
         self.progress = Progress()
         self._unsettled: Unsettled | None = None
         self._order: tuple[int, list[list[int]]] = (-1, [])
@@ -217,7 +217,7 @@ class Trainer:
             parameter.grad = None
         parts: list[Terms] = []
         gradients: dict[str, Tensor] = {}
-        with self._lowered():
+        with self._rounding():
             for members in within_budget(crops, self.compute.batch_seconds, self.device):
                 batch = collate(self.clips, members)
                 with devices.autocast(self.device, self.precision):
@@ -241,8 +241,8 @@ class Trainer:
             self._keep_best(self.validate)
         return sum(crop.length for crop in crops) * FRAME_SECONDS
 
-    def _round(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Parameters of the encoder's transformer, and where they are rounded to; none in float32."""
+    def _to_round(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters of the encoder's transformer, and copies to round them into; none in float32."""
         if self.precision is torch.float32:
             return []
         encoders = [module for module in self.model.modules() if isinstance(module, Encoder)]
@@ -250,7 +250,7 @@ class Trainer:
         return [(each, torch.empty_like(each, dtype=self.precision, requires_grad=False)) for each in parameters]
 
     @contextmanager
-    def _lowered(self) -> Iterator[None]:
+    def _rounding(self) -> Iterator[None]:
         """The encoder's weights rounded to bfloat16 within, where that is the precision: else each layer casts them."""
         trained = [parameter.data for parameter, _ in self._rounded]
         if trained:
