@@ -688,7 +688,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> None:
-    """Fill an encoder from a state dict of any HuBERT checkpoint, whatever head it was saved with."""
+    """Give an encoder the tensors of any HuBERT checkpoint, whatever head it was saved with; they are not copied."""
     expected = encoder.state_dict()
     renamed = {_canonical(name): tensor for name, tensor in tensors.items()}
     missing = sorted(set(expected) - set(renamed))
@@ -698,7 +698,7 @@ def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> 
             f"{source} does not fit its config.json: missing {missing[:3] or 'nothing'}, of another shape "
             f"{misshapen[:3] or 'nothing'} ({len(missing)} and {len(misshapen)} in all)."
         )
-    encoder.load_state_dict({name: renamed[name].float() for name in expected})
+    encoder.load_state_dict({name: renamed[name].float() for name in expected}, assign=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, /, **metadata: Any) -> None:

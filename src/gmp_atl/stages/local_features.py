@@ -40,7 +40,7 @@ def local_features(
     device = devices.resolve(gpus)
     model, metadata = encoders.load_fitted(encoder)
     model = model.to(device).eval()
-    model.cast(devices.dtype(config.compute.precision, device))
+    model.feature_extractor.arrange(devices.dtype(config.compute.precision, device))
     table, _ = UTTERANCES.read(utterances)
     width = model.architecture.conv_dim[-1]
     with LOCAL_FEATURES.writer(output, dimensions=width, encoder=metadata["encoder"]) as append:
