@@ -1,8 +1,9 @@
-"""Operations that are computed otherwise than torch would, beside torch's: forward and backward on the CPU.
+"""Operations that are computed otherwise than torch would, beside torch's, on the CPU.
 
     python benchmarks/operations.py
 
-The results are the same, of dropout in distribution (tests/test_encoder.py, test_heads.py).
+Those of training forward and backward, those of extraction and evaluation forward. The results are the same, of dropout
+in distribution (tests/test_encoder.py, test_heads.py).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ BASE, SMALL = ScratchEncoderConfig(hidden_size=768), ScratchEncoderConfig(hidden
 
 
 def seconds(operation: Callable[[Tensor], Tensor], of: Tensor) -> float:
-    """A forward and backward pass."""
+    """A forward pass, and a backward one where there are gradients."""
     start = time.perf_counter()
-    operation(of).sum().backward()  # type: ignore[no-untyped-call]
+    result = operation(of)
+    if result.requires_grad:
+        result.sum().backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - start
 
 
@@ -38,7 +41,7 @@ def compare(name: str, torchs: Callable[[Tensor], Tensor], ours: Callable[[Tenso
     turns = [(seconds(torchs, of), seconds(ours, of)) for _ in range(1 + REPEATS)][1:]
     theirs, own = (1000 * statistics.median(times) for times in zip(*turns, strict=True))
     ratio = statistics.median(before / after for before, after in turns)
-    print(f"| {name} | {theirs:.0f} | {own:.0f} | {ratio:.1f} |", flush=True)
+    print(f"| {name} | {theirs:.1f} | {own:.1f} | {ratio:.1f} |", flush=True)
 
 
 def bilstm() -> None:
@@ -65,6 +68,9 @@ def positions(config: ScratchEncoderConfig) -> None:
         return F.gelu(embedding.conv(hidden.mT)[..., :FRAMES])
 
     compare(f"positions of {config.hidden_size} channels", torchs, embedding, hidden)
+    embedding.arrange()
+    with torch.inference_mode():
+        compare(f"positions of {config.hidden_size} channels, forward", torchs, embedding, hidden)
 
 
 def dropout(precision: torch.dtype) -> None:

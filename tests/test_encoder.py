@@ -192,9 +192,12 @@ def test_in_bfloat16_every_layer_points_where_that_of_transformers_does(referenc
 
 def test_filters_laid_out_anew_are_the_same_filters(reference, encoder):
     audio, arranged = sound(20_000), encoders.load(reference.folder)[0].eval()
-    arranged.feature_extractor.arrange(torch.float32)
+    arranged.cast(torch.float32)
     with torch.inference_mode():
-        torch.testing.assert_close(arranged.local_features(audio), encoder.local_features(audio))
+        local = encoder.local_features(audio)
+        torch.testing.assert_close(arranged.local_features(audio), local)
+        for layer, expected in layers_of_encoder(encoder, local).items():
+            torch.testing.assert_close(layers_of_encoder(arranged, local)[layer], expected)
     assert arranged.state_dict().keys() == encoder.state_dict().keys()
 
 
@@ -582,12 +585,9 @@ def test_the_head_of_another_config_is_refused(encoder, tmp_path, other):
         classifier.load_head(model(**{**settings, **other}), tmp_path)
 
 
-# On a GPU.
-
-
-@pytest.mark.parametrize("frames", [1, 40, 233])
+@pytest.mark.parametrize("frames", [1, 40, 128, 233])
 def test_positions_by_fourier_are_those_of_the_convolution(encoder, frames):
-    """That way is taken on a GPU; here it is asked for by hand."""
+    """Whether or not that way is taken for so few clips."""
     positions = encoder.encoder.pos_conv_embed
     rows = torch.randn(2, encoder.architecture.hidden_size, frames, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -161,6 +161,7 @@ class Encoder(nn.Module):
     def cast(self, dtype: torch.dtype) -> None:
         """Hold the weights in `dtype` from now on, for passes without gradients; convolutions as `arrange` says."""
         self.feature_extractor.arrange(dtype)
+        self.encoder.pos_conv_embed.arrange()
         for parameter in self.of_transformer():
             parameter.data = parameter.data.to(dtype)
 
@@ -441,35 +442,55 @@ class Transformer(nn.Module):
 class PositionEmbedding(nn.Module):
     """Relative positions through a wide grouped convolution."""
 
+    spectra: Tensor | None
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         width, kernel = architecture.hidden_size, architecture.num_conv_pos_embeddings
         groups = architecture.num_conv_pos_embedding_groups
-        self.padding, self.groups, self.narrow = kernel // 2, groups, width < 16 * groups
-        conv = nn.Conv1d(width, width, kernel, padding=self.padding, groups=groups)
+        self.kernel, self.groups, self.narrow = kernel, groups, width < 16 * groups
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
         nn.init.normal_(conv.weight, std=2 * math.sqrt(1 / (kernel * width)))
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.conv = weight_norm(conv, name="weight", dim=2)
+        self.register_buffer("spectra", None, persistent=False)
+
+    @torch.no_grad()
+    def arrange(self) -> None:
+        """Transform the filters once for all passes to come, which must not change them."""
+        self.spectra = self._spectra().contiguous()
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
         # A Fourier transform takes a fraction of the time (docs/speed.md). Of wide groups, the filters take longest, so
-        # that on a CPU it does not pay for a few clips; of narrow ones it has not been tried on a GPU.
-        pays = self.narrow or len(rows) > 3 if rows.device.type == "cpu" else not self.narrow
+        # that on a CPU it does not pay for a few clips in training; of narrow ones it has not been tried on a GPU.
+        few = not self.narrow and self.spectra is None and len(rows) <= 3
+        pays = not few if rows.device.type == "cpu" else not self.narrow
         has_complex_numbers = not torch.onnx.is_in_onnx_export()
-        relative = self._by_fourier(rows) if pays and has_complex_numbers else self.conv(rows)
-        return F.gelu(relative[..., : hidden.shape[1]]).transpose(1, 2)
+        relative = self._by_fourier(rows) if pays and has_complex_numbers else self.conv(rows)[..., : hidden.shape[1]]
+        return F.gelu(relative).transpose(1, 2)
 
     def _by_fourier(self, rows: Tensor) -> Tensor:
-        """In float32: where groups are narrow, torch 2.11's bfloat16 is not coarse but wrong on CPUs with AMX."""
-        frames, weight = rows.shape[2], self.conv.weight.float()
-        points = -(-(frames + 2 * self.padding) // 64) * 64  # a length that is fast to transform
+        """The convolution of blocks as long as the filters, whose results reach into the block before.
+
+        In float32: where groups are narrow, torch 2.11's bfloat16 is not coarse but wrong on CPUs with AMX.
+        """
+        frames, length = rows.shape[2], self.kernel
         with torch.autocast(rows.device.type, enabled=False):
-            spectra = torch.fft.rfft(rows.float(), points).unflatten(1, (self.groups, -1))
-            filters = torch.fft.rfft(weight, points).unflatten(0, (self.groups, -1)).conj()
-            products = torch.einsum("bgif,goif->bgof", spectra, filters).flatten(1, 2)
-            around = torch.fft.irfft(products, points).roll(self.padding, dims=-1)
-        return (around[..., :frames] + self.conv.bias.float()[:, None]).to(rows.dtype)
+            blocks = F.pad(rows.float(), (0, -frames % length)).reshape(*rows.shape[:2], -1, length)
+            spectra = torch.fft.rfft(blocks, 2 * length).unflatten(1, (self.groups, -1))
+            filters = self._spectra() if self.spectra is None else self.spectra
+            products = torch.einsum("bgirf,gfio->bgorf", spectra, filters)
+            here, before = torch.fft.irfft(products, 2 * length).flatten(1, 2).split(length, dim=-1)
+            # From `length` frames before the first one on; the convolution pads by half of that.
+            whole = (F.pad(here, (0, 0, 1, 0)) + F.pad(before, (0, 0, 0, 1))).flatten(2)
+            first = length - length // 2
+            return (whole[..., first : first + frames] + self.conv.bias.float()[:, None]).to(rows.dtype)
+
+    def _spectra(self) -> Tensor:
+        """Of the filters, reversed, and padded to twice their length: (groups, frequencies, channels in, out)."""
+        spectra = torch.fft.rfft(self.conv.weight.float(), 2 * self.kernel).conj()
+        return spectra.unflatten(0, (self.groups, -1)).permute(0, 3, 2, 1)
 
 
 class Attention(nn.Module):
