@@ -290,11 +290,22 @@ def test_elements_that_share_a_random_number_are_dropped_independently():
         (8, torch.bfloat16, [3, 7], False),  # nor for heads as narrow as four
     ],
 )
-def test_padded_clips_are_packed_where_a_kernel_takes_them(tiny_encoder, monkeypatch, heads, dtype, lengths, packed):
+def test_padded_clips_are_packed_where_a_gpu_s_kernel_takes_them(
+    tiny_encoder, monkeypatch, heads, dtype, lengths, packed
+):
     monkeypatch.setattr(encoders.devices, "attends_to_packed", lambda device: True)
+    monkeypatch.setattr(encoders.devices, "send", lambda values, device: values)
     encoder = Encoder(replace(tiny_encoder.architecture, num_attention_heads=heads))
-    valid = torch.arange(7) < torch.tensor(lengths)[:, None]
+    valid = torch.empty(2, 7, dtype=torch.bool, device="meta")  # stands for a GPU
     assert isinstance(encoder._padding(valid, torch.tensor(lengths), dtype), Packing) is packed
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cpu_packs_padded_clips_in_evaluation_only(tiny_encoder, training):
+    lengths = torch.tensor([3, 7])
+    valid = torch.arange(7) < lengths[:, None]
+    padding = tiny_encoder.train(training)._padding(valid, lengths, torch.float32)
+    assert isinstance(padding, Packing) is not training
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,11 +212,16 @@ class Encoder(nn.Module):
         """None where no clip is padded, which lets the fastest kernels run."""
         if int(lengths.min()) == valid.shape[1]:
             return None
+        return Packing.of(lengths, valid.device) if self._packs(valid.device, held) else valid[:, None, None, :]
+
+    def _packs(self, device: torch.device, held: torch.dtype) -> bool:
+        """Whether padding is left out of all layers, and not of attention alone."""
+        if self.architecture.num_buckets is not None:
+            return False
+        if device.type == "cpu":
+            return not self.training  # training gains nothing by it there
         width = self.architecture.hidden_size // self.architecture.num_attention_heads
-        plain = held is not torch.float32 and self.architecture.num_buckets is None and width % 8 == 0
-        if plain and devices.attends_to_packed(valid.device):
-            return Packing.of(lengths, valid.device)
-        return valid[:, None, None, :]
+        return held is not torch.float32 and width % 8 == 0 and devices.attends_to_packed(device)
 
     def depths(self, layers: Iterable[int]) -> dict[int, int]:
         """How many transformer layers must run for each layer asked for."""
@@ -228,7 +234,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Packing:
-    """Clips without their padding, frame after frame: for the GPU's attention kernel that takes no mask."""
+    """Clips without their padding, frame after frame."""
 
     rows: Tensor
     """Of the valid frames, counted through the padded batch, (valid frames,)."""
@@ -256,6 +262,12 @@ class Packing:
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Each clip within itself: (valid frames, heads, width of a head) each, and so the result."""
+        if query.device.type == "cpu":
+            found = []
+            for start, end in pairwise(self.starts.tolist()):
+                q, k, v = (each[start:end].transpose(0, 1)[None] for each in (query, key, value))
+                found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)[0].transpose(0, 1))
+            return torch.cat(found)
         # torch.nn.attention.varlen_attn is this without dropout.
         around = self.starts, self.starts, self.longest, self.longest
         mixed: Tensor = torch.ops.aten._flash_attention_forward(query, key, value, *around, dropout, False, False)[0]
