@@ -360,6 +360,18 @@ def test_weights_are_drawn_only_where_no_file_has_them(reference, encoder):
     assert encoders.digest(first) != encoders.digest(second)
 
 
+def test_weights_that_change_leave_the_file_that_they_came_from_alone(encoder, tmp_path):
+    """They are not copied when they are read."""
+    encoders.save(encoder, tmp_path, encoder="a name", fitted_on=[])
+    before = (tmp_path / "model.safetensors").read_bytes()
+    loaded, _ = encoders.load(tmp_path)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1.0)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert encoders.digest(encoders.load(tmp_path)[0]) == encoders.digest(encoder)
+
+
 def test_equal_encoders_are_equal_files(encoder, tmp_path):
     """safetensors alone writes the entries of its header in an order that differs from one call to the next."""
     for number in range(8):
