@@ -73,6 +73,20 @@ def positions(config: ScratchEncoderConfig) -> None:
         compare(f"positions of {config.hidden_size} channels, forward", torchs, embedding, hidden)
 
 
+@torch.inference_mode()
+def convolution() -> None:
+    """One of the convolutions of base over a clip, as matrix products."""
+    layer = encoder.ConvLayer(encoder.from_scratch(BASE).architecture, 512, 512, kernel=3, stride=2, first=False)
+    layer.conv.weight.data = layer.conv.weight.transpose(1, 2).contiguous().transpose(1, 2)  # as arranged
+    hidden = torch.randn(4096, 512)
+    compare(
+        "convolution of 512 channels, forward",
+        lambda hidden: F.gelu(layer.conv(hidden.T[None])[0].T),
+        layer,
+        hidden,
+    )
+
+
 def dropout(precision: torch.dtype) -> None:
     """One random number for four elements, against one for each."""
     hidden = torch.randn(CLIPS, FRAMES, 3072, dtype=precision, requires_grad=True)
@@ -87,6 +101,7 @@ def main() -> None:
     print(f"{sides.machine()}\n\n{CLIPS} clips of {FRAMES} frames; float32 but where it is said")
     print("| Operation | torch's, ms | ours, ms | times as fast |\n|---|---:|---:|---:|")
     bilstm()
+    convolution()
     positions(BASE)
     positions(SMALL)
     dropout(torch.float32)

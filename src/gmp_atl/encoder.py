@@ -282,11 +282,11 @@ there is none."""
 class Convolutions(nn.Module):
     """Seven convolutions from waveform to 50 frames per second, each followed by GELU.
 
-    They are computed as matrix products over rows of frames, a stretch of the clip at a time, so that what passes from
-    one to the next stays in the processor's cache (docs/speed.md). For that, base's normalisation over time is folded
-    into the first filters: over the clip, the output of a filter w has mean w·m and variance w·C·w, m and C being mean
-    and covariance of the windows of 10 samples that it sees. Beyond that no frame depends on any outside its receptive
-    field.
+    They are computed over rows of frames, in float32 as matrix products, a stretch of the clip at a time, so that what
+    passes from one to the next stays in the processor's cache (docs/speed.md). For that, base's normalisation over time
+    is folded into the first filters: over the clip, the output of a filter w has mean w·m and variance w·C·w, m and C
+    being mean and covariance of the windows of 10 samples that it sees. Beyond that no frame depends on any outside its
+    receptive field.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -381,9 +381,22 @@ class ConvLayer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Any layer but the first: (frames, channels) to about half as many frames."""
+        if hidden.dtype is torch.float32:
+            return self.activate(self._products(hidden))
         image = hidden.T[None, :, None]  # of height one: torch lays out two-dimensional convolutions by channels only
         convolved = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, (1, *self.conv.stride))
         return self.activate(convolved[0, :, 0].T)
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """The convolution as matrix products, which are faster in float32, and would round twice in bfloat16."""
+        width, kernel = hidden.shape[1], self.conv.kernel_size[0]
+        frames = (len(hidden) - kernel) // 2 + 1
+        taps = self.conv.weight.transpose(1, 2).flatten(1).T
+        # With a stride of two, two rows after each other are one of twice the width: no row is copied.
+        convolved = hidden[: 2 * frames].reshape(frames, 2 * width) @ taps[: 2 * width]
+        if kernel == 3:
+            convolved = torch.addmm(convolved, hidden[2::2][:frames], taps[2 * width :])
+        return convolved if self.conv.bias is None else convolved + self.conv.bias
 
     def together(self, hidden: Tensor) -> Tensor:
         """The same of many clips, (clips, frames, channels), as one matrix product."""
