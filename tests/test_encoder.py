@@ -304,7 +304,7 @@ def test_padded_clips_are_packed_where_a_gpu_s_kernel_takes_them(
 def test_a_cpu_packs_padded_clips_in_evaluation_only(tiny_encoder, training):
     lengths = torch.tensor([3, 7])
     valid = torch.arange(7) < lengths[:, None]
-    padding = tiny_encoder.train(training)._padding(valid, lengths, torch.float32)
+    padding = Encoder(tiny_encoder.architecture).train(training)._padding(valid, lengths, torch.float32)
     assert isinstance(padding, Packing) is not training
 
 

@@ -489,8 +489,8 @@ class PositionEmbedding(nn.Module):
         rows = hidden.transpose(1, 2)
         # A Fourier transform takes a fraction of the time (docs/speed.md). Of wide groups, the filters take longest, so
         # that on a CPU it does not pay for a few clips in training; of narrow ones it has not been tried on a GPU.
-        few = not self.narrow and self.spectra is None and len(rows) <= 3
-        pays = not few if rows.device.type == "cpu" else not self.narrow
+        on_cpu = self.narrow or self.spectra is not None or len(rows) > 3
+        pays = on_cpu if rows.device.type == "cpu" else not self.narrow
         has_complex_numbers = not torch.onnx.is_in_onnx_export()
         relative = self._by_fourier(rows) if pays and has_complex_numbers else self.conv(rows)[..., : hidden.shape[1]]
         return F.gelu(relative).transpose(1, 2)
@@ -734,7 +734,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: Path) -> None:
-    """Give an encoder the tensors of any HuBERT checkpoint, whatever head it was saved with; they are not copied."""
+    """Give an encoder the tensors of any HuBERT checkpoint, whatever head it was saved with; float32 is not copied."""
     expected = encoder.state_dict()
     renamed = {_canonical(name): tensor for name, tensor in tensors.items()}
     missing = sorted(set(expected) - set(renamed))
