@@ -80,7 +80,7 @@ def convolution() -> None:
     layer.conv.weight.data = layer.conv.weight.transpose(1, 2).contiguous().transpose(1, 2)  # as arranged
     hidden = torch.randn(4096, 512)
     compare(
-        "convolution of 512 channels, forward",
+        f"convolution of 512 channels, {len(hidden)} frames to {len(layer(hidden))}, forward",
         lambda hidden: F.gelu(layer.conv(hidden.T[None])[0].T),
         layer,
         hidden,
