@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,8 @@ from gmp_atl.errors import UserError
 _KEY, _DIGEST = "gmp_atl", "gmp_atl_sha256"
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on damaged files; ValueError where a name or text is not UTF-8."""
+_READ_AT_ONCE = 2**20
+"""Bytes: a column is decoded as it is read, and not held twice."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 """A disk that is full, or that may not be written to."""
 
@@ -158,7 +161,7 @@ class Format:
             if not path.is_file():
                 state = "is not a regular file" if path.exists() else "is missing"
                 raise UserError(f"{path} {state}; it should hold {self.name}.")
-            file = pq.ParquetFile(path, page_checksum_verification=True)
+            file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=_READ_AT_ONCE)
             texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             header = _json_object(texts.get(_KEY, "{}"))
             schema = file.schema_arrow
@@ -479,14 +482,24 @@ def stream_features(kind: Format, path: Path, wanted: Collection[str]) -> Iterat
     for group, ids in enumerate(groups):
         if wanted.isdisjoint(ids):
             continue
-        rows = file.read(group, ["n_frames", "frames"]).combine_chunks()
-        clips = zip(ids, rows["n_frames"].to_pylist(), rows["frames"].combine_chunks(), strict=True)
+        rows = file.read(group, ["n_frames", "frames"])
+        clips = zip(ids, rows["n_frames"].to_pylist(), _views(rows["frames"]), strict=True)
         try:
             found = {
-                utterance: np.frombuffer(clip.as_buffer(), "<f2").reshape(length, file.header["dimensions"])
+                utterance: clip.view("<f2").reshape(length, file.header["dimensions"])
                 for utterance, length, clip in clips
                 if utterance in wanted
             }
         except ValueError as error:
             raise _damaged(path, error) from None
         yield found
+
+
+def _views(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Bytes of each value of a binary column; pyarrow's own scalars would be copies."""
+    for chunk in column.chunks:
+        _, offsets, values = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset :][: len(chunk) + 1]
+        data = np.frombuffer(values or b"", np.uint8)
+        for start, end in pairwise(ends):
+            yield data[start:end]
