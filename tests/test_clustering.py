@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -267,7 +268,7 @@ def test_a_leak_is_told_with_the_file_that_it_comes_from(stages, features):
 
 
 def test_a_gpu_that_faiss_does_not_see_is_missed_before_anything_is_read(stages, monkeypatch):
-    monkeypatch.setattr(clustering_stage.faiss, "get_num_gpus", lambda: 0)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
     with pytest.raises(UserError) as told:
         stages.clustering(stages.layer_features(stages.inputs.encoder, -3), 4, gpus=1)
     assert str(told.value) == (
@@ -277,14 +278,14 @@ def test_a_gpu_that_faiss_does_not_see_is_missed_before_anything_is_read(stages,
 
 @pytest.mark.parametrize("algorithm", ["lloyd", "mini_batch"])
 def test_a_gpu_that_faiss_sees_is_searched_on(stages, features, monkeypatch, algorithm):
-    asked, search = [], kmeans._Search
-    monkeypatch.setattr(clustering_stage.faiss, "get_num_gpus", lambda: 1)
+    asked, search = [], kmeans.search
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
 
     def made(dimensions, gpus):
         asked.append((dimensions, gpus))
         return search(dimensions, 0)
 
-    monkeypatch.setattr(kmeans, "_Search", made)
+    monkeypatch.setattr(kmeans, "search", made)
     stages.clustering(features(20), 4, {"clustering.algorithm": algorithm}, gpus=1)
     stages.clustering(features(20), 4, {"clustering.algorithm": algorithm})
     assert asked == [(DIMENSIONS, 1), (DIMENSIONS, 0)]
@@ -309,8 +310,8 @@ def test_as_many_centroids_as_frames_are_allowed(stages, features):
 
 
 @pytest.mark.parametrize("stage", ["clustering", "cluster_statistics"])
-def test_torch_is_not_imported_beside_faiss(stage):
-    code = f"import sys, gmp_atl.stages.{stage}; sys.exit('torch' in sys.modules)"
+def test_torch_is_not_imported_beside_faiss_nor_faiss_without_a_gpu(stage):
+    code = f"import sys, gmp_atl.stages.{stage}; sys.exit(not {{'torch', 'faiss'}}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

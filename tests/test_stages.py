@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import faiss
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -499,19 +499,17 @@ THREADS_TOLERANCE = 1e-4
 def test_threads_move_scores_only_within_the_stated_tolerance(stages):
     def scores(threads: int) -> np.ndarray:
         torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
-        first = stages.multitask()
-        features = stages.layer_features(first.folder, -3)
-        books = [stages.clustering(features, size) for size in (4, 8)]
-        tuned = stages.finetuning(encoder=stages.retraining(books).folder)
-        return np.array(PREDICTIONS.read(stages.evaluation(tuned))[0]["scores"].to_pylist())
+        with threadpool_limits(threads):
+            first = stages.multitask()
+            features = stages.layer_features(first.folder, -3)
+            books = [stages.clustering(features, size) for size in (4, 8)]
+            tuned = stages.finetuning(encoder=stages.retraining(books).folder)
+            return np.array(PREDICTIONS.read(stages.evaluation(tuned))[0]["scores"].to_pylist())
 
-    before = faiss.omp_get_max_threads()
     try:
         alone, other = (scores(threads) for threads in (1, 2))
     finally:
         torch.set_num_threads(1)
-        faiss.omp_set_num_threads(before)
     np.testing.assert_allclose(other, alone, atol=THREADS_TOLERANCE)
 
 

@@ -33,7 +33,17 @@ ENVIRONMENTS = {
         "torchaudio",
     ],
     # No torch: it and faiss bring two OpenMP libraries and two CUDA versions, which crash in one process.
-    "faiss": ["faiss-gpu", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scikit-learn", "scipy"],
+    "faiss": [
+        "faiss-gpu",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "pydantic",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "threadpoolctl",
+    ],
     "opensmile": [
         "numpy",
         "opensmile",

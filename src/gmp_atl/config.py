@@ -207,7 +207,7 @@ class ClusteringConfig(Section):
     sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(default=[64, 512, 4096], min_length=1)
     """Centroids of each codebook."""
     algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
-    """k-means on every frame (FAISS), or on mini-batches (scikit-learn)."""
+    """Exact k-means on every frame, or on mini-batches (scikit-learn's)."""
     iterations: Count = 20
     """Of k-means; for `mini_batch`, passes over the frames at most."""
     fit_on: Literal["training", "all"] = "training"

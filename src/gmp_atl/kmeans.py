@@ -11,16 +11,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from scipy import sparse
 
+from gmp_atl.nearest import Search, search
 from gmp_atl.progress import Meter
 
 _BLOCK = 32_768
-"""Frames that are held at once: 100 MB at 768 dimensions in float32."""
-_SEARCHED = 1024
-"""Frames that are searched at once on a CPU: few enough to stay in its cache between FAISS's passes over them."""
+"""Frames that are looked at together: 50 MB at 768 dimensions in float16."""
 _SEEDING = 16_384
 """Frames, at most, among which initial centroids are chosen: their distances to each other take 1 GiB."""
 
@@ -45,23 +43,22 @@ def lloyd(
     An empty cluster takes half of the largest one: both continue from its centroid, moved apart by a thousandth, as
     in FAISS, which chooses the cluster at random.
 
-    With the same number of threads equal inputs give equal bytes on the CPU; with another, a matrix product may
-    round differently, and a frame between two centroids fall to the other.
+    On a CPU equal inputs give equal bytes, with any number of threads.
 
     Returns:
         Centroids, float32, (size, dimensions), and the assignment of the frames in their order.
     """
-    search = _Search(initial.shape[1], gpus)
     centroids, before = np.ascontiguousarray(initial, dtype=np.float32), None
     sums, meter = np.zeros(centroids.shape), Meter("iteration", iterations)
-    for _ in range(iterations):
-        assignment = _pass(frames, search, centroids, before, sums)
-        if before is not None and np.array_equal(before, assignment.labels):
-            return centroids, assignment
-        before = assignment.labels
-        centroids = _means(sums, np.bincount(before, minlength=len(centroids)))
-        meter.advance()
-    return centroids, _pass(frames, search, centroids)
+    with search(centroids.shape[1], gpus) as among:
+        for _ in range(iterations):
+            assignment = _pass(frames, among, centroids, before, sums)
+            if before is not None and np.array_equal(before, assignment.labels):
+                return centroids, assignment
+            before = assignment.labels
+            centroids = _means(sums, np.bincount(before, minlength=len(centroids)))
+            meter.advance()
+        return centroids, _pass(frames, among, centroids)
 
 
 def assign(frames: Iterable[np.ndarray], centroids: np.ndarray, gpus: int = 0) -> Assignment:
@@ -114,40 +111,18 @@ def sample(frames: Iterable[np.ndarray], n_frames: int, size: int, random: np.ra
     return found
 
 
-class _Search:
-    """FAISS's exhaustive search for the nearest of some centroids, on the CPU or on a GPU."""
-
-    def __init__(self, dimensions: int, gpus: int) -> None:
-        self._index: faiss.Index = faiss.IndexFlatL2(dimensions)
-        self._at_once = _BLOCK if gpus else _SEARCHED
-        if gpus:
-            self._resources = faiss.StandardGpuResources()  # the index does not keep it alive
-            self._index = faiss.index_cpu_to_gpu(self._resources, 0, self._index)
-
-    def prepare(self, centroids: np.ndarray) -> None:
-        self._index.reset()
-        self._index.add(centroids)
-
-    def nearest(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Squared distance and number of the nearest centroid, (frames,) each."""
-        starts = range(0, len(block), self._at_once)
-        found = [self._index.search(block[start : start + self._at_once], 1) for start in starts]
-        distances, labels = (np.concatenate(each)[:, 0] for each in zip(*found, strict=True))
-        return distances, labels
-
-
 def _pass(
     frames: Iterable[np.ndarray],
-    search: _Search,
+    among: Search,
     centroids: np.ndarray,
     before: np.ndarray | None = None,
     sums: np.ndarray | None = None,
 ) -> Assignment:
     """Assign every frame; `sums` of the clusters, (size, dimensions), are brought from the labels `before` to these."""
-    search.prepare(centroids)
+    among.prepare(centroids)
     inertia, labels, first = 0.0, [], 0
-    for block in _blocks(frames, centroids.shape[1]):
-        distances, nearest = search.nearest(block)
+    for block in _blocks(frames):
+        distances, nearest = among.nearest(block)
         inertia += distances.sum(dtype=np.float64)
         if sums is not None:
             _move(sums, block, None if before is None else before[first : first + len(block)], nearest)
@@ -171,23 +146,23 @@ def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: 
     sums += sparse.csc_array(one_hot, shape=(len(sums), len(block))) @ block.astype(np.float64)
 
 
-def _blocks(frames: Iterable[np.ndarray], dimensions: int) -> Iterator[np.ndarray]:
-    """The frames in float32, `_BLOCK` at a time; a block is overwritten by the next."""
-    block, filled = np.empty((_BLOCK, dimensions), np.float32), 0
+def _blocks(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, `_BLOCK` at a time."""
+    held, count = [], 0
     for chunk in frames:
         while len(chunk):
-            if not filled and len(chunk) >= _BLOCK and chunk.dtype == np.float32:
-                yield chunk[:_BLOCK]  # without a copy
-                chunk = chunk[_BLOCK:]
-                continue
-            part, chunk = np.split(chunk, [_BLOCK - filled])
-            block[filled : filled + len(part)] = part
-            filled += len(part)
-            if filled == _BLOCK:
-                yield block
-                filled = 0
-    if filled:
-        yield block[:filled]
+            part, chunk = np.split(chunk, [_BLOCK - count])
+            held.append(part)
+            count += len(part)
+            if count == _BLOCK:
+                yield _joined(held)
+                held, count = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

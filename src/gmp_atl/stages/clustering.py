@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save_file
@@ -52,8 +51,8 @@ def clustering(
         LeakageError: the features hold or were fitted on a held-out utterance.
         UserError: features of another layer; fewer frames than centroids; no GPU where one was given.
     """
-    if gpus and faiss.get_num_gpus() == 0:
-        raise UserError("This job was given a GPU, but FAISS sees none; see nvidia-smi, or run with the cpu profile.")
+    if gpus:
+        _check_gpu()
     split = training_split(utterances, config.folds, fold)
     fitted = everything(utterances) if config.clustering.fit_on == "all" else split
     frames = _Frames(layer_features, fitted.ids)
@@ -99,6 +98,13 @@ class _Frames:
     def per_clip(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """Values of all frames, cut into clips."""
         return dict(zip(self.lengths, np.split(values, np.cumsum([*self.lengths.values()])[:-1]), strict=True))
+
+
+def _check_gpu() -> None:
+    import faiss
+
+    if faiss.get_num_gpus() == 0:
+        raise UserError("This job was given a GPU, but FAISS sees none; see nvidia-smi, or run with the cpu profile.")
 
 
 def _check_amount(n_frames: int, size: int, source: Path) -> None:
