@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +122,7 @@ def _pass(
     """Assign every frame; `sums` of the clusters, (size, dimensions), are brought from the labels `before` to these."""
     among.prepare(centroids)
     inertia, labels, first = 0.0, [], 0
-    for block in _blocks(frames):
+    for block in _ahead(_blocks(frames)):
         distances, nearest = among.nearest(block)
         inertia += distances.sum(dtype=np.float64)
         if sums is not None:
@@ -159,6 +160,15 @@ def _blocks(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
                 held, count = [], 0
     if held:
         yield _joined(held)
+
+
+def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks; while one is searched, the next is read."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = reader.submit(next, blocks, None)
+            yield block
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
