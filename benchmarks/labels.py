@@ -1,13 +1,16 @@
 """Labels of three codebooks for every frame: the last pass of `clustering`, against fairseq's `dump_km_label.py`.
 
-    python benchmarks/labels.py
+    python benchmarks/labels.py            # of frames of which no axis stands out: the worst case
+    python benchmarks/labels.py FOLDER     # of recordings
 
 fairseq's way runs once per codebook: utterance by utterance in NumPy, distances of all centroids, one line of text.
-Ours labels a LAYER_FEATURES file in blocks and writes a PSEUDO_LABELS file per codebook.
+Ours labels a LAYER_FEATURES file in blocks and writes a PSEUDO_LABELS file per codebook. The codebooks of recordings
+are fitted to their frames (`workload.speech`).
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +18,38 @@ import sides
 import workload
 
 SIZES = (64, 512, 4096)
-SECONDS = 400.0
-"""Of speech: 20,000 frames."""
+SECONDS = 4000.0
+"""Of speech at most: 200,000 frames."""
+ITERATIONS = 5
+"""Of the fits to recordings, which are not timed."""
 
 
 def prepare(folder: Path) -> None:
-    """Frames around random centres, as one array for fairseq and as one Parquet file, and codebooks of such frames."""
+    """Frames, as one array for fairseq and as one Parquet file, and codebooks."""
+    from gmp_atl import kmeans
     from gmp_atl.formats import LAYER_FEATURES, feature_rows
 
     random = np.random.default_rng(1)
-    lengths = (workload.clip_seconds(SECONDS) * 50).astype(int)
-    frames = workload.clustered(int(lengths.sum()), random).astype(np.float16)
+    ends = np.cumsum((workload.clip_seconds(SECONDS) * 50).astype(int))
+    if sides.arguments():
+        frames = workload.speech(Path(sides.arguments()[0]))[: ends[-1]]
+        ends = ends[ends <= len(frames)]
+        frames = frames[: ends[-1]]
+        starts = (kmeans.initial_centroids([frames], len(frames), size, random) for size in SIZES)
+        codebooks = [kmeans.lloyd([frames], start, ITERATIONS)[0] for start in starts]
+    else:
+        frames = workload.clustered(int(ends[-1]), random).astype(np.float16)
+        codebooks = [workload.clustered(size, random) for size in SIZES]
     np.save(folder / "frames.npy", frames.astype(np.float32))
-    np.save(folder / "lengths.npy", lengths)
-    clips = np.split(frames, np.cumsum(lengths)[:-1])
+    np.save(folder / "lengths.npy", np.diff(ends, prepend=0))
+    clips = np.split(frames, ends[:-1])
     header = {"dimensions": workload.DIMENSIONS, "layer": -3, "encoder": "random", "fitted_on": []}
     with LAYER_FEATURES.writer(folder / "frames.parquet", **header) as append:
-        append(feature_rows([f"clip{n:05d}" for n in range(len(clips))], clips))
-    for size in SIZES:
-        np.save(folder / f"codebook{size}.npy", workload.clustered(size, random))
+        for first in range(0, len(clips), 100):
+            some = clips[first : first + 100]
+            append(feature_rows([f"clip{first + n:05d}" for n in range(len(some))], some))
+    for size, codebook in zip(SIZES, codebooks, strict=True):
+        np.save(folder / f"codebook{size}.npy", codebook)
 
 
 def fairseq(folder: Path) -> sides.Work:
@@ -70,7 +86,7 @@ def ours(folder: Path) -> sides.Work:
     ids, lengths = table["id"].to_pylist(), table["n_frames"].to_numpy()
 
     def label(size: int) -> None:
-        source = [frames for clips in stream_features(LAYER_FEATURES, path, ids) for frames in clips.values()]
+        source = (frames for clips in stream_features(LAYER_FEATURES, path, ids) for frames in clips.values())
         labels = kmeans.assign(source, np.load(folder / f"codebook{size}.npy")).labels
         rows = {"id": ids, "labels": np.split(labels, np.cumsum(lengths)[:-1])}
         header = {"layer": -3, "size": size, "encoder": "random", "fitted_on": []}
@@ -99,4 +115,6 @@ def agreement(folder: Path) -> None:
 COMPARISONS = [sides.Comparison("labels, three codebooks", "clustering", "fairseq", 5)]
 
 if __name__ == "__main__":
+    if len(sides.arguments()) > 1:
+        raise SystemExit(f"One folder of recordings at most: {' '.join(sys.argv)}")
     sides.main(__file__, "Frames", {"fairseq": fairseq, "clustering": ours}, COMPARISONS, prepare, agreement)

@@ -1,4 +1,4 @@
-"""Operations that are computed otherwise than torch would, beside torch's, on the CPU.
+"""Operations that are computed otherwise than torch or numpy would, beside theirs, on the CPU.
 
     python benchmarks/operations.py
 
@@ -12,13 +12,14 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import sides
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gmp_atl import encoder
+from gmp_atl import encoder, nearest
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.heads import BiLSTM
 
@@ -41,7 +42,7 @@ def compare(name: str, torchs: Callable[[Tensor], Tensor], ours: Callable[[Tenso
     turns = [(seconds(torchs, of), seconds(ours, of)) for _ in range(1 + REPEATS)][1:]
     theirs, own = (1000 * statistics.median(times) for times in zip(*turns, strict=True))
     ratio = statistics.median(before / after for before, after in turns)
-    print(f"| {name} | {theirs:.1f} | {own:.1f} | {ratio:.1f} |", flush=True)
+    print(f"| {name} | {theirs:.3g} | {own:.3g} | {ratio:.1f} |", flush=True)
 
 
 def bilstm() -> None:
@@ -94,18 +95,30 @@ def dropout(precision: torch.dtype) -> None:
     compare(name, lambda hidden: F.dropout(hidden, 0.1), lambda hidden: encoder.drop(hidden, 0.1), hidden)
 
 
+def widening() -> None:
+    """As many frames as k-means takes at once, against numpy's cast; both in one thread."""
+    frames = torch.randn(256, 768).half()
+    compare(
+        f"{len(frames)} frames of 768 from float16 to float32 (numpy's)",
+        lambda frames: torch.from_numpy(frames.numpy().astype(np.float32)),
+        lambda frames: torch.from_numpy(nearest.widened(frames.numpy())),
+        frames,
+    )
+
+
 def main() -> None:
     """Print all rows."""
     torch.manual_seed(0)
     torch.set_num_threads(sides.threads())
     print(f"{sides.machine()}\n\n{CLIPS} clips of {FRAMES} frames; float32 but where it is said")
-    print("| Operation | torch's, ms | ours, ms | times as fast |\n|---|---:|---:|---:|")
+    print("| Operation | theirs, ms | ours, ms | times as fast |\n|---|---:|---:|---:|")
     bilstm()
     convolution()
     positions(BASE)
     positions(SMALL)
     dropout(torch.float32)
     dropout(torch.bfloat16)
+    widening()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,11 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 
+def arguments() -> list[str]:
+    """Of the command line that the benchmark was started with, in the processes of its sides as well."""
+    return sys.argv[4 if sys.argv[1:2] == ["side"] else 1 :]
+
+
 def machine() -> str:
     """Processor, cores, threads of a side, and how busy the machine is."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -183,5 +188,5 @@ def run(script: str, side: str, argument: str) -> str:
 def _start(script: str, side: str, argument: str) -> subprocess.Popen[str]:
     count = str(threads())
     environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    command = [sys.executable, script, "side", side, argument]
+    command = [sys.executable, script, "side", side, argument, *arguments()]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -50,6 +50,41 @@ def clustered(n_frames: int, random: np.random.Generator, n_centres: int = 5000)
     return centres.astype(np.float32)[random.integers(0, n_centres, n_frames)] + 0.7 * noise
 
 
+def hidden_states(paths: list[Path], last: int, precision: str = "float32") -> dict[int, np.ndarray]:
+    """Of recordings, in the last layers of this package's HuBERT: frames, one clip after another, in float32."""
+    import torch
+
+    from gmp_atl import audio
+    from gmp_atl import encoder as encoders
+    from gmp_atl.clips import Clips, local_features, passes
+    from gmp_atl.config import PACKAGED_ENCODER
+
+    encoder = encoders.load(PACKAGED_ENCODER)[0].eval()
+    encoder.cast(getattr(torch, precision))
+    layers = range(-1, -1 - last, -1)
+    found = {layer: [np.empty(0)] * len(paths) for layer in layers}
+    with torch.inference_mode():
+        waves = [audio.load(path) for path in paths]
+        clips = Clips([path.stem for path in paths], local_features(encoder, waves, paths, normalise=False))
+        for batch in passes(clips, 320.0, torch.device("cpu")):
+            for layer, hidden in encoder.hidden_states(batch.local, batch.lengths, layers).items():
+                lengths = batch.lengths.tolist()
+                for row, index, length in zip(hidden.float().numpy(), batch.indices, lengths, strict=True):
+                    found[layer][index] = row[:length]
+    return {layer: np.concatenate(of_clips) for layer, of_clips in found.items()}
+
+
+def speech(folder: Path) -> np.ndarray:
+    """Frames of the recordings in a folder, (frames, DIMENSIONS) in float16.
+
+    They are as wide as HuBERT base's: four layers of this package's, of 192 dimensions each, side by side.
+    """
+    from gmp_atl import recordings
+
+    states = hidden_states(recordings.find([folder]), last=DIMENSIONS // 192)
+    return np.concatenate([of_layer.astype(np.float16) for of_layer in states.values()], axis=1)
+
+
 def write_corpus(folder: Path, total: float) -> None:
     """WAV files of noise and their utterance table, a fifth of them in each of IEMOCAP's sessions."""
     import pyarrow as pa
