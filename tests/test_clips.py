@@ -17,6 +17,7 @@ from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, ra
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
+from gmp_atl.formats import LAYER_FEATURES, feature_rows, stream_features
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
@@ -186,3 +187,16 @@ def test_a_clip_without_features_is_named(inputs, tmp_path, write_utterances):
             everything(write_utterances(tmp_path / "utterances.parquet", [row])),
             encoder="tiny random HuBERT",
         )
+
+
+def test_features_of_a_row_group_are_read_without_copies(tmp_path):
+    """One clip lies behind the other, as in the column, whichever are asked for."""
+    frames = [np.random.default_rng(n).normal(size=(n, 4)).astype(np.float16) for n in (3, 0, 5, 2)]
+    with LAYER_FEATURES.writer(tmp_path / "f", dimensions=4, layer=-1, encoder="", fitted_on=[]) as append:
+        append(feature_rows(["a", "b", "c", "d"], frames))
+    [clips] = stream_features(LAYER_FEATURES, tmp_path / "f", {"a", "c", "d"})
+    assert list(clips) == ["a", "c", "d"]
+    for found, expected in zip(clips.values(), (frames[0], frames[2], frames[3]), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    starts = [clip.ctypes.data for clip in clips.values()]
+    assert np.diff(starts).tolist() == [frames[0].nbytes, frames[2].nbytes]

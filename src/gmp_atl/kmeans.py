@@ -137,14 +137,17 @@ def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: 
 
     Only frames that move are looked at. In float64, so that what has come and gone leaves nothing behind.
     """
-    entries, signs = joined[:, None], [1.0]
+    moved, entries, signs = np.arange(len(joined)), joined[:, None], [1.0]
     if left is not None:
         moved = np.flatnonzero(left != joined)
-        block, entries, signs = block[moved], np.stack([joined[moved], left[moved]], axis=1), [1.0, -1.0]
-    # One column per frame, with ones in the rows of its clusters: 25 times as fast as np.add.reduceat.
-    ones = np.tile(signs, len(block))
-    one_hot = (ones, entries.ravel(), np.arange(len(block) + 1) * len(signs))
-    sums += sparse.csc_array(one_hot, shape=(len(sums), len(block))) @ block.astype(np.float64)
+        entries, signs = np.stack([joined[moved], left[moved]], axis=1), [1.0, -1.0]
+    at_once = max(2048, 8 * len(sums))  # few enough to stay in cache, many beside the sums that each product makes
+    for start in range(0, len(moved), at_once):
+        frames, clusters = moved[start : start + at_once], entries[start : start + at_once]
+        # One column per frame, with ones in the rows of its clusters: 25 times as fast as np.add.reduceat.
+        ones, ends = np.tile(signs, len(frames)), np.arange(len(frames) + 1) * len(signs)
+        one_hot = sparse.csc_array((ones, clusters.ravel(), ends), shape=(len(sums), len(frames)))
+        sums += one_hot @ block[frames].astype(np.float64)
 
 
 def _blocks(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

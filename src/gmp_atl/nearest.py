@@ -20,6 +20,8 @@ from threadpoolctl import ThreadpoolController
 
 _PART = 256
 """Frames that a thread takes at once: their bounds for 4096 centroids take 4 MB."""
+_LARGE_PART = 1024
+"""The same where there are few centroids."""
 _FEW = 256
 """Among fewer centroids all are looked at in full: to read the frames takes as long."""
 _AXES = (48, 96, 192)
@@ -119,7 +121,8 @@ class _OnCpu:
         return float(np.mean(labels == _UNDECIDED))
 
     def _all(self, search: Callable[[np.ndarray], Found], block: np.ndarray) -> Found:
-        found = self._pool.map(search, np.split(block, range(_PART, len(block), _PART)))
+        part = _LARGE_PART if len(self._centroids) < _FEW else _PART
+        found = self._pool.map(search, np.split(block, range(part, len(block), part)))
         distances, labels = (np.concatenate(each) for each in zip(*found, strict=True))
         return distances, labels
 
