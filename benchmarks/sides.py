@@ -69,6 +69,14 @@ def arguments() -> list[str]:
     return sys.argv[4 if sys.argv[1:2] == ["side"] else 1 :]
 
 
+def asked(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those with every argument of the command line in their name."""
+    found = [row for row in comparisons if all(word in row.work for word in arguments())]
+    if not found:
+        raise SystemExit(f"No work is called {' '.join(arguments())}: {', '.join(row.work for row in comparisons)}.")
+    return found
+
+
 def machine() -> str:
     """Processor, cores, threads of a side, and how busy the machine is."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

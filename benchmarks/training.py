@@ -1,6 +1,6 @@
 """Updates of retraining and fine-tuning, and an evaluation, against the way that the published code of others does it.
 
-    python benchmarks/training.py
+    python benchmarks/training.py [WORD ...]    # only work with these words in its name, such as evaluation
 
 The peer's way, written anew: random batches of waveforms, padded to the longest (10 s at most); the convolutions run in
 every step, without gradients; float32; transformers' HuBERT and its mask function; in retraining, HuBERT's cosine head
@@ -327,4 +327,4 @@ COMPARISONS = [
 ]
 
 if __name__ == "__main__":
-    sides.main(__file__, "Seconds of audio", SIDES, COMPARISONS, prepare)
+    sides.main(__file__, "Seconds of audio", SIDES, sides.asked(COMPARISONS), prepare)
