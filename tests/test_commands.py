@@ -94,6 +94,7 @@ BENCHMARKS = ["checkpoint", "dry_run", "extraction", "gpu", "kmeans_fit", "label
 INSTEAD = {
     "make envs": ("openSMILE", "tests/test_environments.py::test_environment_is_up_to_date"),
     "gmp-atl <stage>": ("a stage's name", "gmp-atl corpus --help"),
+    "python benchmarks/labels.py FOLDER": ("recordings", IMPORTED),
     "python benchmarks/rounding.py FOLDER": ("recordings", "python benchmarks/rounding.py --help"),
     "gmp-atl predict": ("arguments", "gmp-atl predict --help"),
     "gmp-atl predict MODEL interview.flac --window 5 --hop 2.5 --gpus 1": (
