@@ -143,7 +143,7 @@ $(COVERAGE): | .venv/bin/python
 	$(PIP) install --quiet --no-deps coverage==$(COVERAGE_VERSION)
 	@touch $@
 
-bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour
+bench: setup  ## measure the stages beside their peers' ways; on two idle cores it takes an hour and a half
 	@for work in extraction kmeans_fit labels training operations gpu; do echo "## $$work"; python benchmarks/$$work.py; done
 
 lint: setup  ## check format, style, types and the workflow

@@ -144,7 +144,7 @@ def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: 
     at_once = max(2048, 8 * len(sums))  # few enough to stay in cache, many beside the sums that each product makes
     for start in range(0, len(moved), at_once):
         frames, clusters = moved[start : start + at_once], entries[start : start + at_once]
-        # One column per frame, with ones in the rows of its clusters: 25 times as fast as np.add.reduceat.
+        # One column per frame, with ones in the rows of its clusters.
         ones, ends = np.tile(signs, len(frames)), np.arange(len(frames) + 1) * len(signs)
         one_hot = sparse.csc_array((ones, clusters.ravel(), ends), shape=(len(sums), len(frames)))
         sums += one_hot @ block[frames].astype(np.float64)
