@@ -3,7 +3,7 @@
     python benchmarks/operations.py
 
 Those of training forward and backward, those of extraction and evaluation forward. The results are the same, of dropout
-in distribution (tests/test_encoder.py, test_heads.py).
+in distribution (tests/test_encoder.py, test_linear.py, test_heads.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.heads import BiLSTM
 
 CLIPS, FRAMES, REPEATS = 16, 200, 5
-BASE, SMALL = ScratchEncoderConfig(hidden_size=768), ScratchEncoderConfig(hidden_size=192)
+BASE, SMALL = ScratchEncoderConfig(hidden_size=768, feed_forward=3072), ScratchEncoderConfig(hidden_size=192)
 """Widths of HuBERT base and of the HuBERT of this package, both with 16 groups."""
 
 
@@ -88,6 +88,19 @@ def convolution() -> None:
     )
 
 
+@torch.inference_mode()
+def feed_forward() -> None:
+    """The larger half of a layer's feed-forward network, by oneDNN, against MKL and GELU after it."""
+    layer = encoder.FeedForward(encoder.from_scratch(BASE).architecture).intermediate_dense
+    hidden = torch.randn(CLIPS * FRAMES, 768)
+    compare(
+        f"linear layer of {layer.in_features} to {layer.out_features} with GELU, forward",
+        lambda hidden: F.gelu(F.linear(hidden, layer.weight, layer.bias)),
+        layer,
+        hidden,
+    )
+
+
 def dropout(precision: torch.dtype) -> None:
     """One random number for four elements, against one for each."""
     hidden = torch.randn(CLIPS, FRAMES, 3072, dtype=precision, requires_grad=True)
@@ -113,6 +126,7 @@ def main() -> None:
     print(f"{sides.machine()}\n\n{CLIPS} clips of {FRAMES} frames; float32 but where it is said")
     print("| Operation | theirs, ms | ours, ms | times as fast |\n|---|---:|---:|---:|")
     bilstm()
+    feed_forward()
     convolution()
     positions(BASE)
     positions(SMALL)

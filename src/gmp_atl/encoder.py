@@ -34,6 +34,7 @@ from gmp_atl import devices
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.errors import UserError
 from gmp_atl.formats import atomic, check_tensors, tensor_metadata, write_text
+from gmp_atl.linear import Linear, linear
 
 CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
@@ -338,7 +339,7 @@ class Convolutions(nn.Module):
         for start in range(0, frames, _STRETCH):
             end = min(start + _STRETCH, frames)
             samples = audio[start * HOP : (end - 1) * HOP + RECEPTIVE_FIELD]
-            products = F.linear(samples.unfold(0, kernel, stride), weight[0], None if bias is None else bias.flatten())
+            products = linear(samples.unfold(0, kernel, stride), weight[0], None if bias is None else bias.flatten())
             hidden = first.activate(products.to(dtype))
             for layer in self.conv_layers[1:]:
                 hidden = layer(hidden)
@@ -382,21 +383,16 @@ class ConvLayer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Any layer but the first: (frames, channels) to about half as many frames."""
         if hidden.dtype is torch.float32:
-            return self.activate(self._products(hidden))
+            width, kernel, stride = hidden.shape[1], self.conv.kernel_size[0], self.conv.stride[0]
+            frames = (len(hidden) - kernel) // stride + 1
+            # As a matrix product, which is faster in float32; windows are rows that overlap, of which none is copied.
+            windows = hidden.as_strided((frames, kernel * width), (stride * width, 1))
+            taps = self.conv.weight.transpose(1, 2).flatten(1)
+            convolved = linear(windows, taps, self.conv.bias, gelu=not self.over_channels)
+            return self.activate(convolved) if self.over_channels else convolved
         image = hidden.T[None, :, None]  # of height one: torch lays out two-dimensional convolutions by channels only
         convolved = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, (1, *self.conv.stride))
         return self.activate(convolved[0, :, 0].T)
-
-    def _products(self, hidden: Tensor) -> Tensor:
-        """The convolution as matrix products, which are faster in float32, and would round twice in bfloat16."""
-        width, kernel = hidden.shape[1], self.conv.kernel_size[0]
-        frames = (len(hidden) - kernel) // 2 + 1
-        taps = self.conv.weight.transpose(1, 2).flatten(1).T
-        # With a stride of two, two rows after each other are one of twice the width: no row is copied.
-        convolved = hidden[: 2 * frames].reshape(frames, 2 * width) @ taps[: 2 * width]
-        if kernel == 3:
-            convolved = torch.addmm(convolved, hidden[2::2][:frames], taps[2 * width :])
-        return convolved if self.conv.bias is None else convolved + self.conv.bias
 
     def together(self, hidden: Tensor) -> Tensor:
         """The same of many clips, (clips, frames, channels), as one matrix product."""
@@ -421,7 +417,7 @@ class FeatureProjection(nn.Module):
         self.layer_norm = (
             nn.LayerNorm(width, eps=architecture.layer_norm_eps) if architecture.feat_proj_layer_norm else nn.Identity()
         )
-        self.projection = nn.Linear(width, architecture.hidden_size)
+        self.projection = Linear(width, architecture.hidden_size)
 
     def forward(self, local: Tensor) -> Tensor:
         projected: Tensor = self.projection(self.layer_norm(local))
@@ -531,8 +527,8 @@ class Attention(nn.Module):
         self.buckets, self.farthest = architecture.num_buckets, architecture.max_bucket_distance
         width = architecture.hidden_size
         self.heads = architecture.num_attention_heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
+        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
         if self.buckets is not None and self.farthest is not None:
             if not 4 <= self.buckets < 4 * self.farthest:
                 raise ValueError(f"{self.buckets} buckets of positions do not reach {self.farthest} frames")
@@ -593,11 +589,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.intermediate_dense = nn.Linear(architecture.hidden_size, architecture.intermediate_size)
-        self.output_dense = nn.Linear(architecture.intermediate_size, architecture.hidden_size)
+        self.intermediate_dense = Linear(architecture.hidden_size, architecture.intermediate_size, gelu=True)
+        self.output_dense = Linear(architecture.intermediate_size, architecture.hidden_size)
 
     def forward(self, hidden: Tensor, dropout: float) -> Tensor:
-        inner = drop(F.gelu(self.intermediate_dense(hidden)), dropout)
+        inner = drop(self.intermediate_dense(hidden), dropout)
         return drop(self.output_dense(inner), dropout)
 
 
