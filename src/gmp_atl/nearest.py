@@ -3,8 +3,8 @@
 Speech and its centroids vary along few axes. Be p and q the coordinates of a frame and of a centroid along some of the
 centroids' principal axes, and r and s the lengths of what these leave out. The product of the two is at most p·q + rs
 (Cauchy and Schwarz), so that they are at least as far apart as (p, r) and (q, s) are. One matrix product in these few
-dimensions gives the bounds for all centroids; only those whose bound is below the distance to the first of them are
-then looked at in full.
+dimensions gives the bounds for all centroids. Those whose bound is below the distance to the first of them are looked
+at along more axes, of many, and what is left then in full.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from scipy import linalg
 from threadpoolctl import ThreadpoolController
 
-_PART = 256
-"""Frames that a thread takes at once: their bounds for 4096 centroids take 4 MB."""
-_LARGE_PART = 1024
-"""The same where there are few centroids."""
+_PART = 512
+"""Frames that a thread takes at once: their bounds for 4096 centroids take 8 MB."""
 _FEW = 256
 """Among fewer centroids all are looked at in full: to read the frames takes as long."""
 _AXES = (48, 96, 192)
 """Along how many axes bounds are taken: along more where too many frames are left with many centroids."""
-_MANY = 32
-"""A frame that is left with more centroids than these is compared with all."""
+_HALVED = 1024
+"""Of more centroids half of the axes are enough at first; of fewer the product takes less than what it would save."""
+_MANY = 1 / 16
+"""Of the centroids; a frame that is left with more is compared with all."""
 _TOO_MANY = 1 / 4
 """Of the frames."""
 _UNDECIDED = -1
@@ -121,8 +121,7 @@ class _OnCpu:
         return float(np.mean(labels == _UNDECIDED))
 
     def _all(self, search: Callable[[np.ndarray], Found], block: np.ndarray) -> Found:
-        part = _LARGE_PART if len(self._centroids) < _FEW else _PART
-        found = self._pool.map(search, np.split(block, range(part, len(block), part)))
+        found = self._pool.map(search, np.split(block, range(_PART, len(block), _PART)))
         distances, labels = (np.concatenate(each) for each in zip(*found, strict=True))
         return distances, labels
 
@@ -131,14 +130,12 @@ class _InFull:
     """The nearest of all centroids, by a product with each."""
 
     def __init__(self, centroids: np.ndarray) -> None:
-        self._centroids = centroids.T
-        self._norms = _products(centroids, centroids)
+        self._columns = _columns(-2 * centroids, _products(centroids, centroids))
 
     def __call__(self, frames: np.ndarray) -> Found:
         frames = widened(frames)
-        scores = frames @ self._centroids
-        scores *= -2
-        scores += self._norms
+        scores = frames @ self._columns[:-1]
+        scores += self._columns[-1]
         labels = scores.argmin(axis=1)
         distances = scores[np.arange(len(frames)), labels] + _products(frames, frames)
         return np.maximum(distances, 0), labels
@@ -155,40 +152,38 @@ class _ByBounds:
         self._mean = centroids.mean(axis=0)
         self._centroids = centroids - self._mean
         self._axes = np.ascontiguousarray(axes)
+        self._first = axes.shape[1] // 2 if len(centroids) > _HALVED else axes.shape[1]
         norms = _products(self._centroids, self._centroids)
         self._halves, self._longest = norms / 2, np.sqrt(norms.max())
-        columns = np.column_stack([-self._points(self._centroids, norms), self._halves])
-        self._columns = np.ascontiguousarray(columns.T)
+        along = self._centroids @ self._axes
+        self._finer = _points(along, norms)
+        self._columns = _columns(-_points(along[:, : self._first], norms), self._halves)
 
     def __call__(self, frames: np.ndarray) -> Found:
         """A frame that is left with many centroids has the label `_UNDECIDED`."""
         frames = widened(frames) - self._mean
         norms = _products(frames, frames)
-        bounds = np.column_stack([self._points(frames, norms), np.ones_like(norms)]) @ self._columns
+        along = frames @ self._axes
+        bounds = np.column_stack([_points(along[:, : self._first], norms), np.ones_like(norms)]) @ self._columns
         labels = bounds.argmin(axis=1)
-        scores = self._scores(frames, labels)
-        margin = _MARGIN * self._longest * (np.sqrt(norms) + self._longest)
-        left = bounds <= (scores + margin)[:, None]
+        scores = self._halves[labels] - _products(frames, self._centroids[labels])
+        limits = scores + _MARGIN * self._longest * (np.sqrt(norms) + self._longest)
+        left = bounds <= limits[:, None]
         left[np.arange(len(frames)), labels] = False
-        rows, others = np.divmod(np.flatnonzero(left), len(self._centroids))
-        many = np.bincount(rows, minlength=len(frames)) > _MANY
+        rows, others = np.divmod(np.flatnonzero(left), left.shape[1])
+        many = np.bincount(rows, minlength=len(frames)) > _MANY * len(self._centroids)
         labels[many] = _UNDECIDED
-        rows, others = rows[~many[rows]], others[~many[rows]]
-        found = self._scores(frames[rows], others)
+        near = ~many[rows]
+        rows, others = rows[near], others[near]
+        if self._first < along.shape[1]:
+            points = _points(along, norms)
+            near = self._halves[others] - _products(points[rows], self._finer[others]) <= limits[rows]
+            rows, others = rows[near], others[near]
+        found = self._halves[others] - _products(frames[rows], self._centroids[others])
         closer = np.flatnonzero(found < scores[rows])
         closer = closer[np.argsort(-found[closer], kind="stable")]  # a frame's closest is written last
         scores[rows[closer]], labels[rows[closer]] = found[closer], others[closer]
         return np.maximum(norms + 2 * scores, 0), labels
-
-    def _points(self, vectors: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """Coordinates along the axes, and the length of the rest, rather too long than too short."""
-        along = vectors @ self._axes
-        rest = np.maximum(norms - _products(along, along), 0) + _MARGIN / 10 * norms
-        return np.column_stack([along, np.sqrt(rest)])
-
-    def _scores(self, frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Of each frame with the centroid of its label."""
-        return self._halves[labels] - _products(frames, self._centroids[labels])
 
 
 def _principal_axes(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -197,6 +192,24 @@ def _principal_axes(vectors: np.ndarray, count: int) -> np.ndarray:
     last = vectors.shape[1] - 1
     _, axes = linalg.eigh(centred.T @ centred, subset_by_index=[last - count + 1, last])
     return axes[:, ::-1]
+
+
+def _points(along: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Coordinates along axes, and the length of the rest, rather too long than too short."""
+    rest = np.maximum(norms - _products(along, along), 0) + _MARGIN / 10 * norms
+    return np.column_stack([along, np.sqrt(rest)])
+
+
+def _columns(vectors: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Vectors, with the number that each adds to its products, as columns; the last ones are infinitely far.
+
+    Without these, the rows of products with 4096 columns would lie in the same sets of the cache.
+    """
+    size, dimensions = vectors.shape
+    columns = np.zeros((dimensions + 1, size + 16 * (size % 1024 == 0)), np.float32)
+    columns[:-1, :size], columns[-1] = vectors.T, np.inf
+    columns[-1, :size] = added
+    return columns
 
 
 def _products(some: np.ndarray, others: np.ndarray) -> np.ndarray:
