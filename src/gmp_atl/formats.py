@@ -2,8 +2,9 @@
 
 Files appear under their final name only when they are complete, and each carries, beside its columns, a
 JSON object of metadata (format name and version included), with digests of every column of every row group, and one of
-the metadata themselves, so that no file is read that is not as it was written: Parquet's own checksums leave out the
-headers of its pages. Tensors in safetensors files, a format without checksums, have a digest among their metadata.
+the metadata themselves, so that no file is read that is not as it was written. Parquet's own checksums, which leave out
+the headers of its pages, are written for other readers; here the digests see all that they would. Tensors in
+safetensors files, a format without checksums, have a digest among their metadata.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Format:
             if not path.is_file():
                 state = "is not a regular file" if path.exists() else "is missing"
                 raise UserError(f"{path} {state}; it should hold {self.name}.")
-            file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=_READ_AT_ONCE)
+            file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE)
             texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             header = _json_object(texts.get(_KEY, "{}"))
             schema = file.schema_arrow
