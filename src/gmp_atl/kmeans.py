@@ -1,8 +1,8 @@
 """k-means over more frames than memory holds: exact Lloyd, each pass reading the frames block by block.
 
-Frames come as an iterable of arrays, (any number, dimensions), that is iterated anew at every pass: a list of one
-array, or a reader of a file. They are cut into blocks of a fixed number of frames, so that the result depends on the
-frames and their order alone, not on how they are divided.
+Frames come as an iterable of arrays, (any number, dimensions), all of float16 or all of float32, that is iterated anew
+at every pass: a list of one array, or a reader of a file. They are cut into blocks of a fixed number of frames, so
+that the result depends on the frames and their order alone, not on how they are divided.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from scipy import sparse
 
-from gmp_atl.nearest import Search, search
+from gmp_atl.nearest import Search, search, widened
 from gmp_atl.progress import Meter
 
 _BLOCK = 32_768
@@ -147,22 +148,24 @@ def _move(sums: np.ndarray, block: np.ndarray, left: np.ndarray | None, joined: 
         # One column per frame, with ones in the rows of its clusters.
         ones, ends = np.tile(signs, len(frames)), np.arange(len(frames) + 1) * len(signs)
         one_hot = sparse.csc_array((ones, clusters.ravel(), ends), shape=(len(sums), len(frames)))
-        sums += one_hot @ block[frames].astype(np.float64)
+        sums += one_hot @ widened(block[frames]).astype(np.float64)
 
 
 def _blocks(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The frames, `_BLOCK` at a time."""
+    """The frames, `_BLOCK` at a time; a block is overwritten when the next but one is asked for."""
+    buffers: Iterator[np.ndarray] | None = None
     held, count = [], 0
     for chunk in frames:
+        buffers = buffers or cycle(np.empty((2, _BLOCK, chunk.shape[1]), chunk.dtype))
         while len(chunk):
             part, chunk = np.split(chunk, [_BLOCK - count])
             held.append(part)
             count += len(part)
             if count == _BLOCK:
-                yield _joined(held)
+                yield _joined(held, buffers)
                 held, count = [], 0
-    if held:
-        yield _joined(held)
+    if held and buffers:
+        yield _joined(held, buffers)
 
 
 def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -174,8 +177,11 @@ def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
             yield block
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _joined(parts: list[np.ndarray], buffers: Iterator[np.ndarray]) -> np.ndarray:
+    """A single part is not copied. Into memory of old: to be given new memory can take as long as reading."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts, out=next(buffers)[: sum(map(len, parts))], casting="no")
 
 
 def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
