@@ -34,9 +34,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether these need no gradient, no cast and no graph, on a processor that has the kernels."""
+    """Whether these need no gradient, no cast and no graph, on a processor for which torch has the kernels."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # nowhere else has it been tried
         return False
     return x.dtype is weight.dtype and (x.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
