@@ -87,6 +87,11 @@ def test_blocks_are_full_but_the_last_however_the_frames_come(sizes, half):
     np.testing.assert_array_equal(np.concatenate([np.empty((0, 2)), *found]), frames)
 
 
+def test_frames_of_several_precisions_are_not_rounded_to_that_of_the_first():
+    with pytest.raises(TypeError, match="float32"):
+        kmeans.assign([np.ones((3, 2), np.float16), np.ones((3, 2), np.float32)], np.ones((1, 2)))
+
+
 def test_an_empty_cluster_takes_half_of_the_largest():
     """Three of the four centroids start far away; each frame ends in a cluster of its own quarter."""
     corners = np.array([[0, 0], [0, 9], [9, 0], [9, 9]], np.float32)

@@ -1,8 +1,8 @@
 """Linear layers, on a CPU by oneDNN where nothing is trained.
 
-For float32 torch asks MKL, which is slower on AMD's processors, and applies GELU in a pass of its own
-(benchmarks/operations.py). oneDNN does both at once; torch offers that only to what it compiles, and compiling for each
-length of a batch would take longer than it saves.
+For float32 torch asks MKL, and applies GELU in a pass of its own; oneDNN does both at once, faster on an AMD EPYC
+(benchmarks/operations.py). torch offers that only to what it compiles, and compiling for each length of a batch would
+take longer than it saves.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Speech and its centroids vary along few axes. Be p and q the coordinates of a fr
 centroids' principal axes, and r and s the lengths of what these leave out. The product of the two is at most p·q + rs
 (Cauchy and Schwarz), so that they are at least as far apart as (p, r) and (q, s) are. One matrix product in these few
 dimensions gives the bounds for all centroids. Those whose bound is below the distance to the first of them are looked
-at along more axes, of many, and what is left then in full.
+at in full; where centroids are many, along more axes before.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class _ByBounds:
         along = frames @ self._axes
         bounds = np.column_stack([_points(along[:, : self._first], norms), np.ones_like(norms)]) @ self._columns
         labels = bounds.argmin(axis=1)
-        scores = self._halves[labels] - _products(frames, self._centroids[labels])
+        scores = self._scores(frames, self._centroids, labels)
         limits = scores + _MARGIN * self._longest * (np.sqrt(norms) + self._longest)
         left = bounds <= limits[:, None]
         left[np.arange(len(frames)), labels] = False
@@ -176,14 +176,17 @@ class _ByBounds:
         near = ~many[rows]
         rows, others = rows[near], others[near]
         if self._first < along.shape[1]:
-            points = _points(along, norms)
-            near = self._halves[others] - _products(points[rows], self._finer[others]) <= limits[rows]
+            near = self._scores(_points(along, norms)[rows], self._finer, others) <= limits[rows]
             rows, others = rows[near], others[near]
-        found = self._halves[others] - _products(frames[rows], self._centroids[others])
+        found = self._scores(frames[rows], self._centroids, others)
         closer = np.flatnonzero(found < scores[rows])
         closer = closer[np.argsort(-found[closer], kind="stable")]  # a frame's closest is written last
         scores[rows[closer]], labels[rows[closer]] = found[closer], others[closer]
         return np.maximum(norms + 2 * scores, 0), labels
+
+    def _scores(self, frames: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Of each frame with the centroid of its label, both in full or both as points."""
+        return self._halves[labels] - _products(frames, centroids[labels])
 
 
 def _principal_axes(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -201,9 +204,10 @@ def _points(along: np.ndarray, norms: np.ndarray) -> np.ndarray:
 
 
 def _columns(vectors: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """Vectors, with the number that each adds to its products, as columns; the last ones are infinitely far.
+    """Vectors, (size, dimensions), and the number that each adds to its products, as columns: (dimensions + 1, size).
 
-    Without these, the rows of products with 4096 columns would lie in the same sets of the cache.
+    After a multiple of 1024 there are 16 more, infinitely far: else rows of products would lie in the same sets of the
+    processor's cache.
     """
     size, dimensions = vectors.shape
     columns = np.zeros((dimensions + 1, size + 16 * (size % 1024 == 0)), np.float32)
