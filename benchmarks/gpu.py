@@ -284,12 +284,11 @@ def convolutions(plan: Plan, folder: Path) -> sides.Work:
     import soundfile
     import torch
 
-    from gmp_atl import clips, devices
-    from gmp_atl import encoder as encoders
+    from gmp_atl import clips, devices, model_files
 
     device = torch.device(plan.device)
     waves = [(path, soundfile.read(path, dtype="float32")[0]) for path in sorted((folder / "audio").iterdir())]
-    model = encoders.load(folder / "encoder")[0].to(device).eval()
+    model = model_files.load(folder / "encoder")[0].to(device).eval()
     model.cast(devices.dtype("auto", device))
 
     def work() -> float:
@@ -303,12 +302,11 @@ def passes(plan: Plan, folder: Path) -> sides.Work:
     """Eight layers, left on the device."""
     import torch
 
-    from gmp_atl import clips, devices
-    from gmp_atl import encoder as encoders
+    from gmp_atl import clips, devices, model_files
 
     device, budget = torch.device(plan.device), workload.setting("layer_features").compute.batch_seconds
     corpus = training.clips(folder)
-    model = encoders.load(folder / "encoder")[0].to(device).eval()
+    model = model_files.load(folder / "encoder")[0].to(device).eval()
     model.cast(devices.dtype("auto", device))
 
     @torch.inference_mode()
@@ -400,13 +398,12 @@ def modules(plan: Plan, rates: Rates, folder: Path) -> None:
     """The two kinds of module that an update consists of, alone: forward and backward, without waiting for the host."""
     import torch
 
-    from gmp_atl import devices
-    from gmp_atl import encoder as encoders
+    from gmp_atl import devices, model_files
     from gmp_atl.encoder import Packing, Regularisation
 
     device, regularisation = torch.device(plan.device), Regularisation(0.1, 0.1)
     dtype = devices.dtype("auto", device)
-    transformer = encoders.load(folder / "encoder")[0].to(device, dtype).train().encoder
+    transformer = model_files.load(folder / "encoder")[0].to(device, dtype).train().encoder
     positions, layer = transformer.pos_conv_embed, transformer.layers[0]
     length = round(50 * workload.MEAN_SECONDS)
     lengths = torch.full((plan.clips,), length)

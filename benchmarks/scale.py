@@ -81,13 +81,14 @@ def write_features(kind: Format, path: Path, scale: int, sessions: str, **metada
 
 def prepare_extraction(folder: Path, scale: int) -> None:
     """Local features of 512 dimensions, and an encoder of one layer, width 32."""
-    from gmp_atl import encoder as encoders
+    from gmp_atl import model_files
+    from gmp_atl.encoder import from_scratch
 
     write_utterances(folder, scale)
     local = folder / "local_features.parquet"
     write_features(LOCAL_FEATURES, local, scale, "12345", dimensions=512, encoder="small")
     small = ScratchEncoderConfig(layers=1, hidden_size=32, heads=2, feed_forward=32, conv_channels=512)
-    encoders.save(encoders.from_scratch(small), folder / "encoder", encoder="small", fitted_on=[])
+    model_files.save(from_scratch(small), folder / "encoder", encoder="small", fitted_on=[])
 
 
 def extraction(folder: Path, _: int) -> None:

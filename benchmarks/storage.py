@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from gmp_atl import audio
-from gmp_atl import encoder as encoders
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.corpora.synthetic import synthesise
+from gmp_atl.encoder import from_scratch
 from gmp_atl.formats import LOCAL_FEATURES, Format, feature_rows, read_features
 
 CLIPS = 60
@@ -29,7 +29,7 @@ CLIPS = 60
 def features(folder: Path) -> dict[str, np.ndarray]:
     """Of some clips of the demo's corpus, float16, (frames, 512)."""
     synthesise(folder)
-    encoder = encoders.from_scratch(ScratchEncoderConfig(layers=1, conv_channels=512)).eval()
+    encoder = from_scratch(ScratchEncoderConfig(layers=1, conv_channels=512)).eval()
     encoder.feature_extractor.arrange(torch.float32)
     paths = sorted(folder.rglob("Ses*.wav"))[:CLIPS]
     with torch.inference_mode():

@@ -238,13 +238,13 @@ def retraining(precision: str, amount: Amount) -> sides.Side:
     def side(folder: Path) -> sides.Work:
         import torch
 
-        from gmp_atl import encoder as encoders
+        from gmp_atl import model_files
         from gmp_atl.encoder import Regularisation
         from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
         from gmp_atl.masking import span_mask
 
         settings = workload.setting("retraining").retraining
-        encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
+        encoder, _ = model_files.load(folder / "encoder", Regularisation(0.1, 0.1))
         model = MaskedPredictor(encoder, settings.projection, list(SIZES), settings.codebook_head)
         labels = {
             size: torch.randint(size, (int(clips(folder).lengths.sum()),), device=amount.device) for size in SIZES
@@ -267,12 +267,12 @@ def finetuning(precision: str, amount: Amount) -> sides.Side:
         import torch
         from torch.nn import functional as F
 
-        from gmp_atl import encoder as encoders
+        from gmp_atl import model_files
         from gmp_atl.classifier import Classifier
         from gmp_atl.encoder import Regularisation
         from gmp_atl.training import Terms
 
-        encoder, _ = encoders.load(folder / "encoder", Regularisation(0.1, 0.1))
+        encoder, _ = model_files.load(folder / "encoder", Regularisation(0.1, 0.1))
         model = Classifier(encoder, workload.setting("finetuning").head, {"emotion": CLASSES})
 
         def objective(batch: Any, _: torch.Generator) -> Terms:
@@ -291,11 +291,10 @@ def evaluation(precision: str, device: str) -> sides.Side:
     def side(folder: Path) -> sides.Work:
         import torch
 
-        from gmp_atl import classifier, devices
-        from gmp_atl import encoder as encoders
+        from gmp_atl import classifier, devices, model_files
 
         compute, where = workload.setting("evaluation", precision).compute, torch.device(device)
-        encoder, _ = encoders.load(folder / "encoder")
+        encoder, _ = model_files.load(folder / "encoder")
         model = classifier.Classifier(encoder, workload.setting("evaluation").head, {"emotion": CLASSES}).eval()
         model.encoder.cast(devices.dtype(precision, where))
         model.to(where)

@@ -54,12 +54,11 @@ def hidden_states(paths: list[Path], last: int, precision: str = "float32") -> d
     """Of recordings, in the last layers of this package's HuBERT: frames, one clip after another, in float32."""
     import torch
 
-    from gmp_atl import audio
-    from gmp_atl import encoder as encoders
+    from gmp_atl import audio, model_files
     from gmp_atl.clips import Clips, local_features, passes
     from gmp_atl.config import PACKAGED_ENCODER
 
-    encoder = encoders.load(PACKAGED_ENCODER)[0].eval()
+    encoder = model_files.load(PACKAGED_ENCODER)[0].eval()
     encoder.cast(getattr(torch, precision))
     layers = range(-1, -1 - last, -1)
     found = {layer: [np.empty(0)] * len(paths) for layer in layers}
@@ -113,12 +112,12 @@ def write_encoder(folder: Path, **changes: Any) -> None:
     import torch
     from transformers import HubertConfig, HubertModel
 
-    from gmp_atl import encoder as encoders
+    from gmp_atl import model_files
 
     torch.manual_seed(0)
     HubertModel(HubertConfig(**changes)).save_pretrained(folder / "transformers")
-    encoder, _ = encoders.load(folder / "transformers")
-    encoders.save(encoder, folder / "encoder", encoder="random", fitted_on=[])
+    encoder, _ = model_files.load(folder / "transformers")
+    model_files.save(encoder, folder / "encoder", encoder="random", fitted_on=[])
 
 
 def setting(stage: str, precision: str = "auto", fit_on: str = "training") -> Any:

@@ -17,10 +17,9 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from gmp_atl import audio
+from gmp_atl import audio, model_files
 from gmp_atl import config as configs
-from gmp_atl import encoder as encoders
-from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder
+from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, from_scratch
 from gmp_atl.formats import HISTORY, LAYER_FEATURES, LOCAL_FEATURES, UTTERANCES, feature_rows
 
 torch.set_num_threads(1)
@@ -85,15 +84,15 @@ class Trained:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return encoders.load_tensors(self.folder / "model.safetensors")[0]
+        return model_files.load_tensors(self.folder / "model.safetensors")[0]
 
     @property
     def head(self) -> dict[str, torch.Tensor]:
-        return encoders.load_tensors(self.folder / "head.safetensors")[0]
+        return model_files.load_tensors(self.folder / "head.safetensors")[0]
 
     @property
     def fitted_on(self) -> list[str]:
-        return encoders.load_tensors(self.folder / "model.safetensors")[1]["fitted_on"]
+        return model_files.load_tensors(self.folder / "model.safetensors")[1]["fitted_on"]
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -249,7 +248,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
             part = list(frames)[first : first + 5]
             append(feature_rows(part, [frames[utterance] for utterance in part]))
     scratch = configs.ScratchEncoderConfig(**SETTINGS["encoder"]["scratch"])
-    encoders.save(encoders.from_scratch(scratch), folder / "encoder", encoder=ENCODER, fitted_on=[])
+    model_files.save(from_scratch(scratch), folder / "encoder", encoder=ENCODER, fitted_on=[])
     return Inputs(utterances, local_features, folder / "encoder", frames)
 
 
@@ -282,8 +281,8 @@ def claim_fitted_on(tmp_path: Path) -> Callable[[Path, list[str]], Path]:
     def claim(folder: Path, ids: list[str]) -> Path:
         copied = tmp_path / "claims"
         shutil.copytree(folder, copied)
-        encoder, metadata = encoders.load(folder)
-        encoders.save(encoder, copied, **{**metadata, "fitted_on": ids})
+        encoder, metadata = model_files.load(folder)
+        model_files.save(encoder, copied, **{**metadata, "fitted_on": ids})
         return copied
 
     return claim
@@ -292,7 +291,7 @@ def claim_fitted_on(tmp_path: Path) -> Callable[[Path, list[str]], Path]:
 @pytest.fixture
 def tiny_encoder(inputs: Inputs) -> Encoder:
     """The random HuBERT of the inputs, in evaluation mode."""
-    return encoders.load(inputs.encoder)[0].eval()
+    return model_files.load(inputs.encoder)[0].eval()
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from test_corpora import FOUR, ROWS, wav_of, write_audio, write_iemocap, write_manifest
 from test_tables import Run, fill
 
-from gmp_atl import audio, cli, config, config_files
-from gmp_atl import encoder as encoders
+from gmp_atl import audio, cli, config, config_files, model_files
 from gmp_atl.corpora import Corpus, read_corpus
+from gmp_atl.encoder import from_scratch
 from gmp_atl.errors import UserError
 from gmp_atl.formats import (
     CORPUS_SUMMARY,
@@ -241,7 +241,7 @@ def test_what_is_no_regular_file_is_refused_everywhere(tmp_path: Path, kind: str
     calls.append(lambda: config_files.check(path))
     if kind not in ("long name", "nul"):
         calls.append(lambda: restore(path, tmp_path / "restored"))
-        calls.append(lambda: encoders.load_tensors(path))
+        calls.append(lambda: model_files.load_tensors(path))
     for call in calls:
         assert tried("no regular file", call, path.name) is None
 
@@ -715,7 +715,7 @@ def test_a_flipped_bit_in_the_frames_does_not_pass(tmp_path: Path) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     scratch = config.ScratchEncoderConfig(layers=1, hidden_size=16, heads=2, feed_forward=16, conv_channels=4)
-    encoders.save(encoders.from_scratch(scratch), folder, encoder="made", fitted_on=["u0", "u1"])
+    model_files.save(from_scratch(scratch), folder, encoder="made", fitted_on=["u0", "u1"])
     return folder
 
 
@@ -728,9 +728,9 @@ def test_a_damaged_encoder_is_refused_or_reads_as_it_was(
     for each in weights.iterdir():
         (folder / each.name).write_bytes(each.read_bytes())
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
-    found = tried("safetensors: damaged", lambda: encoders.load_fitted(folder), str(folder))
+    found = tried("safetensors: damaged", lambda: model_files.load_fitted(folder), str(folder))
     if found is not None and name == "model.safetensors":
-        expected, metadata = encoders.load_fitted(weights)
+        expected, metadata = model_files.load_fitted(weights)
         assert found[1] == metadata
         assert all(bool((a == b).all()) for a, b in zip(found[0].parameters(), expected.parameters(), strict=True))
 
@@ -742,7 +742,7 @@ def test_a_damaged_encoder_is_refused_or_reads_as_it_was(
 def test_an_architecture_of_any_type(tmp_path: Path, weights: Path, key: str, value: Any) -> None:
     settings = json.loads((weights / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
-    assert tried("safetensors: config.json", lambda: encoders.load_architecture(tmp_path), "config.json") is None
+    assert tried("safetensors: config.json", lambda: model_files.load_architecture(tmp_path), "config.json") is None
 
 
 # --- Archives

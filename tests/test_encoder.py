@@ -26,12 +26,21 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gmp_atl import classifier
-from gmp_atl import encoder as encoders
+from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch
 from gmp_atl.config import HeadConfig, ScratchEncoderConfig
-from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, Packing, PositionEmbedding, Regularisation, n_frames
+from gmp_atl.encoder import (
+    HOP,
+    RECEPTIVE_FIELD,
+    Encoder,
+    Packing,
+    PositionEmbedding,
+    Regularisation,
+    drop,
+    from_scratch,
+    n_frames,
+)
 from gmp_atl.errors import UserError
 
 transformers_logging.disable_progress_bar()
@@ -81,7 +90,7 @@ def reference(request, tmp_path_factory) -> Reference:
 
 @pytest.fixture(scope="module")
 def encoder(reference) -> Encoder:
-    return encoders.load(reference.folder)[0].eval()
+    return model_files.load(reference.folder)[0].eval()
 
 
 def sound(n_samples: int, seed: int = 0) -> Tensor:
@@ -121,7 +130,7 @@ def test_a_wav2vec_2_is_read_as_the_same_network(kind, tmp_path):
     torch.manual_seed(0)
     model = Wav2Vec2ForPreTraining(Wav2Vec2Config(**kind)).eval()
     model.save_pretrained(tmp_path)
-    encoder, audio = encoders.load(tmp_path)[0].eval(), sound(5000)
+    encoder, audio = model_files.load(tmp_path)[0].eval(), sound(5000)
     with torch.inference_mode():
         states = layers_of_encoder(encoder, encoder.local_features(audio))
     for layer, expected in layers_of_transformers(model.wav2vec2, audio).items():
@@ -143,7 +152,7 @@ def wavlm(request, tmp_path_factory) -> Reference:
 
 @pytest.mark.parametrize("n_samples", [400, 5000, 48_000])
 def test_every_layer_of_a_wavlm_is_that_of_transformers(wavlm, n_samples):
-    encoder, audio = encoders.load(wavlm.folder)[0].eval(), sound(n_samples)
+    encoder, audio = model_files.load(wavlm.folder)[0].eval(), sound(n_samples)
     with torch.inference_mode():
         states = layers_of_encoder(encoder, encoder.local_features(audio))
     for layer, expected in layers_of_transformers(wavlm.model, audio).items():
@@ -151,7 +160,7 @@ def test_every_layer_of_a_wavlm_is_that_of_transformers(wavlm, n_samples):
 
 
 def test_a_wavlm_does_not_see_padding_and_is_saved_as_one(wavlm, tmp_path):
-    encoder = encoders.load(wavlm.folder)[0].eval()
+    encoder = model_files.load(wavlm.folder)[0].eval()
     clips = [torch.randn(length, 16, generator=torch.Generator().manual_seed(length)) for length in (31, 90)]
     lengths = torch.tensor([31, 90])
     padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=float("nan"))
@@ -160,7 +169,7 @@ def test_a_wavlm_does_not_see_padding_and_is_saved_as_one(wavlm, tmp_path):
         for clip, states in zip(clips, together, strict=True):
             alone = encoder(clip[None], torch.tensor([len(clip)]))[0]
             torch.testing.assert_close(states[: len(clip)], alone, atol=1e-5, rtol=0)
-    encoders.save(encoder, tmp_path, encoder="made", fitted_on=[])
+    model_files.save(encoder, tmp_path, encoder="made", fitted_on=[])
     loaded, report = WavLMModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     audio = sound(5000)
@@ -179,7 +188,7 @@ def test_the_first_layers_norm_is_that_of_transformers_at_any_level(reference, e
 
 def test_in_bfloat16_every_layer_points_where_that_of_transformers_does(reference):
     audio = sound(48_000)
-    encoder = encoders.load(reference.folder)[0].eval()
+    encoder = model_files.load(reference.folder)[0].eval()
     encoder.feature_extractor.arrange(torch.bfloat16)
     with torch.inference_mode():
         local = encoder.local_features(audio).half()
@@ -191,7 +200,7 @@ def test_in_bfloat16_every_layer_points_where_that_of_transformers_does(referenc
 
 
 def test_filters_laid_out_anew_are_the_same_filters(reference, encoder):
-    audio, arranged = sound(20_000), encoders.load(reference.folder)[0].eval()
+    audio, arranged = sound(20_000), model_files.load(reference.folder)[0].eval()
     arranged.cast(torch.float32)
     with torch.inference_mode():
         local = encoder.local_features(audio)
@@ -232,8 +241,8 @@ def test_training_mode_adds_nothing_that_was_not_asked_for(encoder):
 
 @pytest.mark.parametrize("kind", ["dropout", "attention_dropout", "layerdrop"])
 def test_each_regularisation_acts_in_training_and_not_in_evaluation(reference, kind):
-    plain = encoders.load(reference.folder)[0].eval()
-    regularised = encoders.load(reference.folder, Regularisation(**{kind: 0.5}))[0]
+    plain = model_files.load(reference.folder)[0].eval()
+    regularised = model_files.load(reference.folder, Regularisation(**{kind: 0.5}))[0]
     local, lengths = torch.randn(1, 30, 16), torch.tensor([30])
     assert torch.equal(regularised.eval()(local, lengths), plain(local, lengths))
     assert not torch.allclose(regularised.train()(local, lengths), plain(local, lengths), atol=1e-3)
@@ -264,20 +273,20 @@ def plain_positions(positions: PositionEmbedding, hidden: Tensor) -> Tensor:
 def test_dropout_keeps_the_mean_and_passes_gradients_where_it_passed_values(shape, dtype):
     torch.manual_seed(0)
     hidden = torch.ones(shape, dtype=dtype, requires_grad=True)
-    dropped = encoders.drop(hidden, 0.3)
+    dropped = drop(hidden, 0.3)
     dropped.sum().backward()
     assert torch.equal(hidden.grad, dropped.detach())
     assert sorted({0.0, *dropped.flatten().tolist()}) == pytest.approx([0.0, 1 / 0.7], rel=1e-2)
     count = hidden.numel()
     assert (dropped > 0).float().mean().item() == pytest.approx(0.7, abs=5 * (0.21 / count) ** 0.5)
     torch.manual_seed(0)
-    assert torch.equal(encoders.drop(hidden, 0.3), dropped)
-    assert not torch.equal(encoders.drop(hidden, 0.3), dropped)
+    assert torch.equal(drop(hidden, 0.3), dropped)
+    assert not torch.equal(drop(hidden, 0.3), dropped)
 
 
 def test_elements_that_share_a_random_number_are_dropped_independently():
     torch.manual_seed(0)
-    kept = (encoders.drop(torch.ones(200_000, 4), 0.5) > 0).double()
+    kept = (drop(torch.ones(200_000, 4), 0.5) > 0).double()
     torch.testing.assert_close(torch.corrcoef(kept.T), torch.eye(4, dtype=torch.float64), atol=0.012, rtol=0)
 
 
@@ -293,8 +302,8 @@ def test_elements_that_share_a_random_number_are_dropped_independently():
 def test_padded_clips_are_packed_where_a_gpu_s_kernel_takes_them(
     tiny_encoder, monkeypatch, heads, dtype, lengths, packed
 ):
-    monkeypatch.setattr(encoders.devices, "attends_to_packed", lambda device: True)
-    monkeypatch.setattr(encoders.devices, "send", lambda values, device: values)
+    monkeypatch.setattr(devices, "attends_to_packed", lambda device: True)
+    monkeypatch.setattr(devices, "send", lambda values, device: values)
     encoder = Encoder(replace(tiny_encoder.architecture, num_attention_heads=heads))
     valid = torch.empty(2, 7, dtype=torch.bool, device="meta")  # stands for a GPU
     assert isinstance(encoder._padding(valid, torch.tensor(lengths), dtype), Packing) is packed
@@ -329,7 +338,7 @@ def test_attention_with_dropout_is_that_without_but_for_what_is_dropped(referenc
 
 
 def check_attention_in_training(folder: Path, lengths: list[int]) -> None:
-    plain, training = encoders.load(folder)[0].eval(), encoders.load(folder, Regularisation(0.0, 1e-9))[0].train()
+    plain, training = model_files.load(folder)[0].eval(), model_files.load(folder, Regularisation(0.0, 1e-9))[0].train()
     local = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0))
     expected, found = (each(local, torch.tensor(lengths)) for each in (plain, training))
     for row, length in enumerate(lengths):
@@ -340,42 +349,42 @@ def check_attention_in_training(folder: Path, lengths: list[int]) -> None:
 
 
 def test_transformers_loads_what_is_saved(reference, encoder, tmp_path):
-    encoders.save(encoder, tmp_path, encoder="a name", fitted_on=["a", "b"])
+    model_files.save(encoder, tmp_path, encoder="a name", fitted_on=["a", "b"])
     loaded, report = HubertModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     audio = sound(9000)
     with torch.inference_mode():
         assert torch.equal(loaded.eval()(audio[None])[0], reference.model(audio[None])[0])
-    assert encoders.load(tmp_path)[1] == {"encoder": "a name", "fitted_on": ["a", "b"]}
+    assert model_files.load(tmp_path)[1] == {"encoder": "a name", "fitted_on": ["a", "b"]}
 
 
 def test_weights_are_drawn_only_where_no_file_has_them(reference, encoder):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    encoders.load(reference.folder)
+    model_files.load(reference.folder)
     assert torch.equal(torch.rand(1), expected)
-    first, second = (encoders.from_scratch(ScratchEncoderConfig(seed=seed)) for seed in (1, 2))
-    assert encoders.digest(first) != encoders.digest(second)
+    first, second = (from_scratch(ScratchEncoderConfig(seed=seed)) for seed in (1, 2))
+    assert model_files.digest(first) != model_files.digest(second)
 
 
 def test_weights_that_change_leave_the_file_that_they_came_from_alone(encoder, tmp_path):
     """They are not copied when they are read."""
-    encoders.save(encoder, tmp_path, encoder="a name", fitted_on=[])
+    model_files.save(encoder, tmp_path, encoder="a name", fitted_on=[])
     before = (tmp_path / "model.safetensors").read_bytes()
-    loaded, _ = encoders.load(tmp_path)
+    loaded, _ = model_files.load(tmp_path)
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.add_(1.0)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert encoders.digest(encoders.load(tmp_path)[0]) == encoders.digest(encoder)
+    assert model_files.digest(model_files.load(tmp_path)[0]) == model_files.digest(encoder)
 
 
 def test_equal_encoders_are_equal_files(encoder, tmp_path):
     """safetensors alone writes the entries of its header in an order that differs from one call to the next."""
     for number in range(8):
-        encoders.save(encoder, tmp_path / str(number), encoder="ein schöner Name", fitted_on=["a"])
+        model_files.save(encoder, tmp_path / str(number), encoder="ein schöner Name", fitted_on=["a"])
     files = [tmp_path / str(number) / "model.safetensors" for number in range(8)]
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -391,7 +400,7 @@ def test_older_names_and_the_prefix_of_a_model_with_a_head_are_understood(refere
     assert any(name.endswith("weight_g") for name in tensors)
     save_file(tensors, tmp_path / "model.safetensors")
 
-    loaded, _ = encoders.load(tmp_path)
+    loaded, _ = model_files.load(tmp_path)
     local, lengths = encoder.local_features(sound(4000))[None], torch.tensor([n_frames(4000)])
     assert torch.equal(loaded(local, lengths), encoder(local, lengths))
 
@@ -400,7 +409,7 @@ def test_half_precision_weights_are_computed_with_in_single(reference, tmp_path)
     shutil.copy(reference.folder / "config.json", tmp_path)
     weights = load_file(reference.folder / "model.safetensors")
     save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
-    assert {parameter.dtype for parameter in encoders.load(tmp_path)[0].parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model_files.load(tmp_path)[0].parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -429,7 +438,7 @@ def test_a_config_of_another_network_is_refused(reference, tmp_path, change, com
     (tmp_path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
     shutil.copy(reference.folder / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match=complaint):
-        encoders.load(tmp_path)
+        model_files.load(tmp_path)
 
 
 def cut(path: Path, share: float) -> None:
@@ -455,7 +464,7 @@ def test_missing_and_damaged_files_are_named(reference, tmp_path, damage: Callab
     shutil.copytree(reference.folder, folder)
     damage(folder)
     with pytest.raises(UserError, match=complaint):
-        encoders.load(folder)
+        model_files.load(folder)
 
 
 # Layers.
@@ -480,7 +489,7 @@ def test_a_layer_that_is_not_there_is_refused(tiny_encoder, layer):
 def test_random_weights_depend_on_their_seed_alone():
     def weights(seed: int) -> dict[str, Tensor]:
         config = ScratchEncoderConfig(seed=seed, layers=2, hidden_size=16, heads=2, feed_forward=16, conv_channels=8)
-        return encoders.from_scratch(config).state_dict()
+        return from_scratch(config).state_dict()
 
     before = torch.get_rng_state()
     first = weights(1)
@@ -511,7 +520,7 @@ def test_the_number_of_frames_is_that_of_transformers_and_one_per_hop(n_samples)
 @example(RECEPTIVE_FIELD)
 def test_a_clip_has_as_many_local_features_as_the_formula_says(n_samples):
     config = ScratchEncoderConfig(layers=1, hidden_size=16, heads=2, feed_forward=16, conv_channels=4)
-    assert encoders.from_scratch(config).local_features(sound(n_samples)).shape == (n_frames(n_samples), 4)
+    assert from_scratch(config).local_features(sound(n_samples)).shape == (n_frames(n_samples), 4)
 
 
 @pytest.mark.parametrize("frame", [1, 7, 30])
@@ -519,7 +528,7 @@ def test_frame_k_begins_at_sample_320_k(tmp_path, frame):
     """Convolutions that do not normalise over time see the same in a clip that begins k frames later."""
     torch.manual_seed(0)
     HubertModel(HubertConfig(**LARGE)).save_pretrained(tmp_path)
-    encoder, _ = encoders.load(tmp_path)
+    encoder, _ = model_files.load(tmp_path)
     audio = sound(16_000)
     with torch.inference_mode():
         local, later = encoder.local_features(audio), encoder.local_features(audio[frame * HOP :])
@@ -590,7 +599,7 @@ def test_a_model_reads_back_as_it_was_saved(encoder, tmp_path):
     batch = batch_of(clips_of([30, 5]))
     model = Classifier(encoder, config, tasks).eval()
     classifier.save(model, tmp_path, encoder="made", fitted_on=["a"])
-    again = Classifier(encoders.load(tmp_path)[0], config, tasks).eval()
+    again = Classifier(model_files.load(tmp_path)[0], config, tasks).eval()
     classifier.load_head(again, tmp_path)
     assert torch.equal(again(batch)["emotion"], model(batch)["emotion"])
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.decomposition import PCA
 
-from gmp_atl import encoder as encoders
+from gmp_atl import model_files
 from gmp_atl.encoder import n_frames
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import EMBEDDINGS, EXAMPLES, PREDICTIONS, UTTERANCES
@@ -97,7 +97,7 @@ def made(stages: Stages, upstream: Upstream) -> Made:
 
 def hidden(folder: Path, local: np.ndarray, layer: int) -> np.ndarray:
     """Of one clip alone, (frames, width)."""
-    encoder = encoders.load(folder)[0].eval()
+    encoder = model_files.load(folder)[0].eval()
     with torch.inference_mode():
         states = encoder(torch.from_numpy(local.astype(np.float32))[None], torch.tensor([len(local)]), layer)
     return states[0].numpy()
@@ -129,7 +129,7 @@ def test_examples_have_the_labels_and_scores_of_their_stages(made: Made, inputs:
         frames = hidden(made.upstream.multitask.folder, inputs.frames[row["id"]], -3).astype(np.float16)
         assert len(row["spectrogram"]) == 201 * len(frames)
         for labels, book in zip(row["labels"], made.upstream.codebooks, strict=True):
-            centroids = encoders.load_tensors(book.centroids)[0]["centroids"].numpy()
+            centroids = model_files.load_tensors(book.centroids)[0]["centroids"].numpy()
             index = faiss.IndexFlatL2(centroids.shape[1])
             index.add(centroids)
             assert labels == index.search(frames.astype(np.float32), 1)[1][:, 0].tolist()
@@ -181,8 +181,8 @@ def test_codebooks_of_several_layers_and_another_encoder_are_refused(made: Made,
     other = made.stages.clustering(made.stages.layer_features(made.upstream.multitask.folder, -1), 4)
     with pytest.raises(UserError, match="several layers"):
         made.run(centroids=[made.upstream.codebooks[0].centroids, other.centroids])
-    encoder, metadata = encoders.load(made.stages.inputs.encoder)
-    encoders.save(encoder, tmp_path / "foreign", **{**metadata, "encoder": "another HuBERT"})
+    encoder, metadata = model_files.load(made.stages.inputs.encoder)
+    model_files.save(encoder, tmp_path / "foreign", **{**metadata, "encoder": "another HuBERT"})
     with pytest.raises(UserError, match="is built on another HuBERT, but the model on tiny"):
         made.run(pretrained=tmp_path / "foreign")
 

@@ -15,8 +15,7 @@ import torch
 from conftest import Spoken, Stages
 from torch.nn import functional as F
 
-from gmp_atl import clips
-from gmp_atl import encoder as encoders
+from gmp_atl import clips, model_files
 from gmp_atl.encoder import Encoder, PositionEmbedding
 from gmp_atl.formats import LAYER_FEATURES, read_features
 
@@ -83,7 +82,7 @@ def test_training_starts_with_the_loss_of_the_cpu(stages: Stages, precision: str
     on_cpu, on_gpu = (stages.multitask(changes, gpus=gpus) for gpus in (0, 1))
     assert on_gpu.history["loss"] == pytest.approx(on_cpu.history["loss"], rel=0.05)
     assert on_gpu.weights.keys() == on_cpu.weights.keys()
-    encoders.load(on_gpu.folder)
+    model_files.load(on_gpu.folder)
 
 
 def test_scores_of_recordings_are_those_of_the_cpu(spoken: Spoken, tmp_path: Path) -> None:

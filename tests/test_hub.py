@@ -19,8 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gmp_atl import audio, classifier, cli, hub
-from gmp_atl import encoder as encoders
+from gmp_atl import audio, classifier, cli, hub, model_files
 from gmp_atl.audio import MIN_SAMPLES
 from gmp_atl.clips import Clips, local_features
 from gmp_atl.config import ComputeConfig
@@ -178,7 +177,7 @@ def test_a_model_on_wavlm_is_exported_too(spoken, tmp_path):
     )
     torch.manual_seed(0)
     WavLMModel(wavlm).save_pretrained(tmp_path / "wavlm")
-    encoder, _ = encoders.load(tmp_path / "wavlm")
+    encoder, _ = model_files.load(tmp_path / "wavlm")
     network, described = classifier.load(spoken.model)
     model = classifier.Classifier(encoder, described.head, {"emotion": 2}, cosine=described.loss == "ams")
     model.head.load_state_dict(network.head.state_dict())

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from test_corpora import write_iemocap, write_manifest
 
 from gmp_atl import clips as clips_module
-from gmp_atl import encoder as encoders
-from gmp_atl import formats
+from gmp_atl import formats, model_files
 from gmp_atl.config import FoldsConfig
 from gmp_atl.corpora import emodb, ravdess, read_corpus
 from gmp_atl.errors import LeakageError, UserError
@@ -257,8 +256,8 @@ def plant(
             stages.retraining([Codebook(book.centroids, labels)])
         elif what == "head":
             folder = Path(shutil.copytree(upstream.multitask.folder, cache / "head"))
-            tensors, metadata = encoders.load_tensors(folder / "head.safetensors")
-            encoders.save_tensors(tensors, folder / "head.safetensors", **{**metadata, "fitted_on": ids})
+            tensors, metadata = model_files.load_tensors(folder / "head.safetensors")
+            model_files.save_tensors(tensors, folder / "head.safetensors", **{**metadata, "fitted_on": ids})
             stages.finetuning({"finetuning.head": "multitask"}, multitask_head=folder)
         else:
             encoder = claim_fitted_on(upstream.multitask.folder, ids)
@@ -283,14 +282,14 @@ def test_a_planted_leak_is_caught_from_the_ids_in_the_artefact(
 
 
 def test_an_encoder_that_does_not_say_what_it_was_fitted_on_is_refused(stages: Stages, tmp_path: Path) -> None:
-    encoder, _ = encoders.load(stages.inputs.encoder)
+    encoder, _ = model_files.load(stages.inputs.encoder)
     for metadata in (
         {},
         {"encoder": "x"},
         {"encoder": "x", "fitted_on": "S1_male_sad"},
         {"encoder": "x", "fitted_on": [1]},
     ):
-        encoders.save(encoder, tmp_path / "foreign", **metadata)
+        model_files.save(encoder, tmp_path / "foreign", **metadata)
         for stage in (stages.multitask, stages.finetuning):
             with pytest.raises(UserError, match="does not say which utterances it was fitted on"):
                 stage(encoder=tmp_path / "foreign")
@@ -301,7 +300,7 @@ def test_ids_that_were_taken_out_of_an_artefact_by_hand_are_missed_by_the_digest
         data = path.read_bytes()
         assert data.count(b"S2_male_sad") > 0
         (tmp_path / path.name).write_bytes(data.replace(b"S2_male_sad", b"S2_male_xxx"))
-        read = LAYER_FEATURES.open if path.suffix == ".parquet" else encoders.load_tensors
+        read = LAYER_FEATURES.open if path.suffix == ".parquet" else model_files.load_tensors
         with pytest.raises(UserError, match=r"is damaged|not a readable"):
             read(tmp_path / path.name)
 

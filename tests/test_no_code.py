@@ -22,8 +22,7 @@ import torch
 import yaml
 from test_bad_input import packed as packed  # a fixture
 
-from gmp_atl import config_files
-from gmp_atl import encoder as encoders
+from gmp_atl import config_files, model_files
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
 from gmp_atl.formats import EXCLUDED
@@ -153,7 +152,7 @@ def test_weights_that_hold_code_are_not_run_even_if_they_are_pinned(stages, tmp_
 def test_a_pickle_under_the_name_of_safetensors_is_not_run(tmp_path: Path, kind: str) -> None:
     hostile_weights(kind, tmp_path / "model.safetensors", tmp_path / "run")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        encoders.load_tensors(tmp_path / "model.safetensors")
+        model_files.load_tensors(tmp_path / "model.safetensors")
     assert not (tmp_path / "run").exists()
 
 

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from transformers import HubertModel
 
 from gmp_atl import config as configs
-from gmp_atl import encoder as encoders
-from gmp_atl import training
+from gmp_atl import model_files, training
 from gmp_atl.audio import SAMPLE_RATE, at_speed
-from gmp_atl.encoder import Encoder, n_frames
+from gmp_atl.encoder import MFCC, Encoder, from_scratch, n_frames
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, PROBES, UTTERANCES, read_features
 from gmp_atl.stages.clustering import clustering
@@ -194,7 +193,7 @@ def test_speech_is_every_clip_at_every_speed_and_as_it_was_at_one(made):
 def test_coefficients_are_one_row_per_frame_and_loudness_moves_the_first_alone(made, tmp_path):
     table, header = UTTERANCES.read(made.utterances)
     found, about = read_features(LAYER_FEATURES, made.of(1) / "features.parquet", set(table["id"].to_pylist()))
-    assert (about["layer"], about["encoder"], about["dimensions"]) == (0, encoders.MFCC, 39)
+    assert (about["layer"], about["encoder"], about["dimensions"]) == (0, MFCC, 39)
     assert all(len(found[row["id"]]) == n_frames(row["n_samples"]) for row in table.to_pylist())
     quieter = table.slice(0, 1)
     path = quieter["path"][0].as_py()
@@ -210,10 +209,10 @@ def test_coefficients_are_one_row_per_frame_and_loudness_moves_the_first_alone(m
 
 
 def test_an_encoder_is_kept_before_the_first_update_where_it_is_probed_and_at_the_end(made):
-    random = encoders.from_scratch(made.config("pretraining").encoder.scratch).state_dict()
+    random = from_scratch(made.config("pretraining").encoder.scratch).state_dict()
     weights = {}
     for update in ("0", "3", "last"):
-        encoder, origin = encoders.load_fitted(made.encoder(1, update))
+        encoder, origin = model_files.load_fitted(made.encoder(1, update))
         weights[update] = encoder.state_dict()
         assert f"iteration 1, update {update}" in origin["encoder"]
     assert all(torch.equal(random[name], tensor) for name, tensor in weights["0"].items())
@@ -230,7 +229,7 @@ def test_the_second_iteration_starts_at_random_or_from_the_first(made, tmp_path)
     config = configs.SLICES["pretraining"].model_validate(changed)
     made.train(2, into=tmp_path, config=config)
     first, random, on = (
-        encoders.load(folder)[0].state_dict()["encoder.layers.0.final_layer_norm.weight"]
+        model_files.load(folder)[0].state_dict()["encoder.layers.0.final_layer_norm.weight"]
         for folder in (made.encoder(1), made.encoder(2, "0"), tmp_path / "encoders" / "0")
     )
     assert torch.equal(on, first)
@@ -283,7 +282,7 @@ def test_what_is_handed_on_is_a_hubert_in_half_precision_with_its_sources(made, 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     network = HubertModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    rounded = encoders.load(made.encoder(2))[0].eval().half().float()
+    rounded = model_files.load(made.encoder(2))[0].eval().half().float()
     audio = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = rounded(rounded.local_features(audio[0])[None], torch.tensor([n_frames(4000)]))

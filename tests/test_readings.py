@@ -15,9 +15,9 @@ from gmp_atl import classifier, clips, training
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import HeadConfig, RetrainingConfig
-from gmp_atl.encoder import load_tensors
 from gmp_atl.formats import LAYER_FEATURES, PREDICTIONS, PSEUDO_LABELS
 from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
+from gmp_atl.model_files import load_tensors
 from gmp_atl.stages import clustering as clustering_stage
 from gmp_atl.stages import finetuning as finetuning_stage
 from gmp_atl.stages import retraining as retraining_stage

@@ -25,12 +25,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmp_atl import classifier
+from gmp_atl import classifier, model_files
 from gmp_atl import config as configs
-from gmp_atl import encoder as encoders
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips, collate, random_crops, within_budget
-from gmp_atl.encoder import Encoder, load_tensors
+from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.formats import (
     LAYER_FEATURES,
@@ -43,6 +42,7 @@ from gmp_atl.formats import (
 )
 from gmp_atl.masked_prediction import masked_prediction
 from gmp_atl.masking import span_mask
+from gmp_atl.model_files import load_tensors
 from gmp_atl.stages import local_features as local_features_stage
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.pretrained import pretrained
@@ -90,7 +90,7 @@ def test_the_packaged_encoder_is_small_complete_and_tells_how_it_was_made(stages
     card = (configs.PACKAGED_ENCODER / "README.md").read_text()
     assert "CC BY 4.0" in card
     assert "Apache-2.0" in card
-    architecture = encoders.load(tmp_path)[0].architecture
+    architecture = model_files.load(tmp_path)[0].architecture
     assert (architecture.num_hidden_layers, architecture.hidden_size) == (12, 192)
 
 
@@ -214,7 +214,7 @@ def test_a_recording_that_has_changed_since_is_refused(stages, recordings):
 def test_features_that_half_precision_cannot_hold_are_refused(stages, recordings, tiny_encoder, tmp_path):
     with torch.no_grad():
         tiny_encoder.feature_extractor.conv_layers[6].conv.weight *= 1e6
-    encoders.save(tiny_encoder, tmp_path / "loud", encoder="loud", fitted_on=[])
+    model_files.save(tiny_encoder, tmp_path / "loud", encoder="loud", fitted_on=[])
     with pytest.raises(UserError, match="exceed the range of float16"):
         local_features(config=stages.config("local_features"), encoder=tmp_path / "loud", **recordings)
 
@@ -402,7 +402,7 @@ def test_predictions_are_those_of_each_held_out_clip_alone(stages, loss):
     predictions = stages.evaluation(model, loss=loss)
     table, metadata = PREDICTIONS.read(predictions)
     network = Classifier(
-        encoders.load(model.folder)[0], stages.config("finetuning").head, {"emotion": 2}, cosine=loss == "ams"
+        model_files.load(model.folder)[0], stages.config("finetuning").head, {"emotion": 2}, cosine=loss == "ams"
     )
     classifier.load_head(network, model.folder)
     for row in table.to_pylist():
@@ -484,7 +484,7 @@ def test_encoders_of_every_stage_are_read_by_transformers(stages, upstream):
     tuned = stages.finetuning({"finetuning.epochs": 1}, encoder=retrained.folder)
     audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
     for folder in (upstream.multitask.folder, retrained.folder, tuned.folder):
-        reference, encoder = HubertModel.from_pretrained(folder).eval(), encoders.load(folder)[0].eval()
+        reference, encoder = HubertModel.from_pretrained(folder).eval(), model_files.load(folder)[0].eval()
         with torch.inference_mode():
             local = encoder.local_features(audio[0])
             found = encoder(local[None], torch.tensor([len(local)]))

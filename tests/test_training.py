@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from gmp_atl import training
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import Encoder, load_tensors
+from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY
+from gmp_atl.model_files import load_tensors
 from gmp_atl.randomness import Key
 from gmp_atl.training import Terms, Trainer, learning_rate
 

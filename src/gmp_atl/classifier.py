@@ -11,8 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from gmp_atl import devices
-from gmp_atl import encoder as encoders
+from gmp_atl import devices, model_files
 from gmp_atl.clips import Batch, Clips, passes
 from gmp_atl.config import ComputeConfig, HeadConfig, Positive, Precision, Section, SpecAugmentConfig
 from gmp_atl.encoder import Encoder
@@ -55,9 +54,9 @@ class Description(Section):
 
 def save(model: Classifier, folder: Path, /, **metadata: Any) -> None:
     """Write encoder (Hugging Face style) and `head.safetensors`, each with the metadata."""
-    encoders.save(model.encoder, folder, **metadata)
+    model_files.save(model.encoder, folder, **metadata)
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head.state_dict().items()}
-    encoders.save_tensors(head, folder / "head.safetensors", **metadata)
+    model_files.save_tensors(head, folder / "head.safetensors", **metadata)
 
 
 def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> dict[str, Any]:
@@ -67,13 +66,13 @@ def load_head(model: Classifier, folder: Path, *, strict: bool = True) -> dict[s
         The metadata that it was saved with.
     """
     path = folder / "head.safetensors"
-    tensors, metadata = encoders.load_tensors(path)
+    tensors, metadata = model_files.load_tensors(path)
     own = model.head.state_dict()
     fitting = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
     if strict and not fitting.keys() == own.keys() == tensors.keys():
         raise UserError(f"{path} is not the head that the config describes; delete it and run snakemake again.")
     model.head.load_state_dict(fitting, strict=False)
-    return encoders.origin(metadata, path)
+    return model_files.origin(metadata, path)
 
 
 def load(folder: Path) -> tuple[Classifier, Description]:
@@ -86,7 +85,7 @@ def load(folder: Path) -> tuple[Classifier, Description]:
     for name in ("config.json", "model.safetensors", "head.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a fine-tuned model: {name} is missing; {expected}.")
-    backbone, metadata = encoders.load_fitted(folder)
+    backbone, metadata = model_files.load_fitted(folder)
     try:
         description = Description.model_validate(metadata)
     except ValidationError as error:

@@ -30,9 +30,10 @@ from gmp_atl import devices
 from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
 from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import Encoder, Regularisation, load_tensors, save_tensors
+from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY, remove_partial, sha256
+from gmp_atl.model_files import load_tensors, save_tensors
 from gmp_atl.progress import PROGRESS_SECONDS, clock
 from gmp_atl.randomness import Key
 

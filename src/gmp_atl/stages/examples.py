@@ -15,8 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from gmp_atl import classifier, devices
-from gmp_atl import encoder as encoders
+from gmp_atl import classifier, devices, model_files
 from gmp_atl.clips import Clips, passes, recording
 from gmp_atl.config import ComputeConfig, FinetuningSlice
 from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder
@@ -153,7 +152,7 @@ def _median_lengths(split: Split, classes: Sequence[str]) -> list[int]:
 
 def _encoder(folder: Path, training: Split, expected: str) -> Encoder:
     """One that is built on the pre-trained encoder `expected`, and fitted on training utterances alone."""
-    encoder, origin = encoders.load_fitted(folder)
+    encoder, origin = model_files.load_fitted(folder)
     training.refuse_leaks(origin["fitted_on"], folder)
     _check(folder, origin["encoder"], expected)
     return encoder
@@ -163,7 +162,7 @@ def _codebooks(paths: Sequence[Path], training: Split, encoder: str) -> tuple[in
     """Their layer, which is one, and the centroids of each, (size, hidden size)."""
     layers, found = set(), []
     for path in paths:
-        tensors, metadata = encoders.load_tensors(path)
+        tensors, metadata = model_files.load_tensors(path)
         if tensors.keys() != {"centroids"} or not {"layer", "fitted_on", "encoder"} <= metadata.keys():
             raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
         training.refuse_leaks(metadata["fitted_on"], path)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmp_atl import classifier, devices
-from gmp_atl import encoder as encoders
+from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import FinetuningSlice
@@ -49,7 +48,7 @@ def finetuning(
     split, validation = _validation_split(config, utterances, whole, fold)
     key = Key(seed, fold, f"finetuning/{loss}")
     torch.manual_seed(key.derive("weights"))
-    backbone, origin = encoders.load_fitted(encoder, regularisation(settings.optimisation))
+    backbone, origin = model_files.load_fitted(encoder, regularisation(settings.optimisation))
     whole.refuse_leaks(origin["fitted_on"], encoder)
     model = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
     inputs = [utterances, encoder / "model.safetensors"]

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gmp_atl import devices
-from gmp_atl import encoder as encoders
+from gmp_atl import devices, model_files
 from gmp_atl.clips import FRAME_SECONDS, Clips, passes
 from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
@@ -42,7 +41,7 @@ def layer_features(
     groups of the local features, one that is computed and one that is written.
     """
     device = devices.resolve(gpus)
-    model, metadata = encoders.load_fitted(encoder)
+    model, metadata = model_files.load_fitted(encoder)
     model = model.to(device).eval()
     model.cast(devices.dtype(config.compute.precision, device))
     split = training_split(utterances, config.folds, fold)

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gmp_atl import clips, devices
-from gmp_atl import encoder as encoders
+from gmp_atl import clips, devices, model_files
 from gmp_atl.audio import DECODERS, SAMPLE_RATE
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
@@ -38,7 +37,7 @@ def local_features(
         UserError: a clip has changed since the corpus was read, or cannot be decoded.
     """
     device = devices.resolve(gpus)
-    model, metadata = encoders.load_fitted(encoder)
+    model, metadata = model_files.load_fitted(encoder)
     model = model.to(device).eval()
     model.feature_extractor.arrange(devices.dtype(config.compute.precision, device))
     table, _ = UTTERANCES.read(utterances)

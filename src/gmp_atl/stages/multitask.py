@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from gmp_atl import classifier, devices
-from gmp_atl import encoder as encoders
+from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import GENDERS, MultitaskSlice
@@ -40,7 +39,7 @@ def multitask(
     torch.manual_seed(key.derive("weights"))
     frozen = settings.encoder == "frozen"
     perturbations = Regularisation() if frozen else regularisation(settings.optimisation)
-    backbone, origin = encoders.load_fitted(encoder, perturbations)
+    backbone, origin = model_files.load_fitted(encoder, perturbations)
     split.refuse_leaks(origin["fitted_on"], encoder)
     if frozen:
         backbone.requires_grad_(False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from gmp_atl import __version__
-from gmp_atl import encoder as encoders
+from gmp_atl import __version__, model_files
 from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.config import IterationConfig, PretrainingSlice
 from gmp_atl.formats import HISTORY, UTTERANCES, Output, write_text
@@ -58,8 +57,8 @@ def pretrain(
         utterances: Of the speech.
         histories: Of each iteration.
     """
-    model, origin = encoders.load_fitted(encoder)
-    encoders.save(model.half(), output, encoder=origin["encoder"], fitted_on=[])
+    model, origin = model_files.load_fitted(encoder)
+    model_files.save(model.half(), output, encoder=origin["encoder"], fitted_on=[])
     samples = UTTERANCES.read(utterances)[0]["n_samples"].to_pylist()
     settings = config.pretraining
     iterations = [

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gmp_atl import encoder as encoders
+from gmp_atl import model_files
 from gmp_atl.config import PACKAGED_ENCODER, EncoderConfig, EncoderSlice
-from gmp_atl.encoder import Encoder
+from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.errors import UserError
 from gmp_atl.formats import Output, sha256
 
@@ -27,7 +27,7 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
     settings = config.encoder
     if settings.source == "scratch":
         scratch = settings.scratch
-        encoder = encoders.from_scratch(scratch)
+        encoder = from_scratch(scratch)
         description = f"random HuBERT, {scratch.layers} x {scratch.hidden_size}, seed {scratch.seed}"
     elif settings.source == "packaged":
         encoder, description = _from_folder(PACKAGED_ENCODER, settings), f"{PACKAGED_ENCODER.name} of gmp-atl"
@@ -38,9 +38,9 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
         encoder = _from_folder(_download(settings), settings)
         description = f"{settings.name}@{str(settings.revision)[:8]}"
     identity = (
-        f"{description}, sha256 {encoders.digest(encoder)[:12]}" + ", normalised audio" * settings.normalise_audio
+        f"{description}, sha256 {model_files.digest(encoder)[:12]}" + ", normalised audio" * settings.normalise_audio
     )
-    encoders.save(encoder, output, encoder=identity, fitted_on=[])
+    model_files.save(encoder, output, encoder=identity, fitted_on=[])
     log.info("pre-trained encoder: %s", identity)
 
 
@@ -50,7 +50,7 @@ def _from_folder(folder: Path, settings: EncoderConfig) -> Encoder:
         return _from_archive(folder, archive, settings)
     if settings.sha256 and weights.exists():
         _check_digest(weights, settings.sha256)
-    encoder, _ = encoders.load(folder)
+    encoder, _ = model_files.load(folder)
     return encoder
 
 
@@ -66,8 +66,8 @@ def _from_archive(folder: Path, archive: Path, settings: EncoderConfig) -> Encod
         tensors: dict[str, Tensor] = torch.load(archive, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):  # torch advises to run what the file holds
         raise UserError(f"{archive} is damaged, or holds more than tensors; it is not a HuBERT's weights.") from None
-    encoder = encoders.load_architecture(folder)
-    encoders.load_weights(encoder, tensors, archive)
+    encoder = model_files.load_architecture(folder)
+    model_files.load_weights(encoder, tensors, archive)
     return encoder
 
 

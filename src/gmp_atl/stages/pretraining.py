@@ -15,12 +15,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from gmp_atl import devices
-from gmp_atl import encoder as encoders
+from gmp_atl import devices, model_files
 from gmp_atl.audio import DECODERS
 from gmp_atl.clips import Batch, Clips, recording
 from gmp_atl.config import PretrainingSlice
-from gmp_atl.encoder import HOP, MFCC, Encoder, n_frames
+from gmp_atl.encoder import HOP, MFCC, Encoder, from_scratch, n_frames
 from gmp_atl.folds import everything
 from gmp_atl.formats import AudioRoot, Output
 from gmp_atl.masked_prediction import MaskedPredictor, check_codebook, masked_prediction, read_labels
@@ -83,8 +82,8 @@ def pretraining(
 
     def keep(folder: Path) -> None:
         name = f"HuBERT {len(encoder.encoder.layers)} x {encoder.architecture.hidden_size}"
-        identity = f"{name}, iteration {number}, update {folder.name}, sha256 {encoders.digest(encoder)[:12]}"
-        encoders.save(encoder, folder, encoder=identity, fitted_on=split.ids)
+        identity = f"{name}, iteration {number}, update {folder.name}, sha256 {model_files.digest(encoder)[:12]}"
+        model_files.save(encoder, folder, encoder=identity, fitted_on=split.ids)
 
     # Not in the output yet, which Snakemake removes when a job is stopped, though it goes on from the checkpoint.
     kept = checkpoint.with_suffix(".kept")
@@ -115,9 +114,9 @@ def _start(config: PretrainingSlice, previous: Path | None) -> tuple[Encoder, st
     """The encoder to be trained, convolutions included, and the identity of the one whose frames were clustered."""
     iteration = config.pretraining.iterations[-1]
     perturbed = regularisation(iteration.optimisation)
-    encoder, clustered = encoders.from_scratch(config.encoder.scratch, perturbed), MFCC
+    encoder, clustered = from_scratch(config.encoder.scratch, perturbed), MFCC
     if previous is not None:
-        found, origin = encoders.load_fitted(previous, perturbed)
+        found, origin = model_files.load_fitted(previous, perturbed)
         if iteration.layer < 0:
             clustered = origin["encoder"]
         if iteration.start == "previous":

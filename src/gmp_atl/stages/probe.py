@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gmp_atl import devices
-from gmp_atl import encoder as encoders
+from gmp_atl import devices, model_files
 from gmp_atl.classical import support_vector_machine
 from gmp_atl.clips import Clips, passes
 from gmp_atl.config import ComputeConfig, ProbeSlice
@@ -32,7 +31,7 @@ def probe(
         LeakageError: the encoder has been trained on utterances of this corpus.
     """
     device = devices.resolve(gpus)
-    model, origin = encoders.load_fitted(encoder)
+    model, origin = model_files.load_fitted(encoder)
     split = everything(utterances)
     known = sorted({*split.ids} & {*origin["fitted_on"]})
     if known:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gmp_atl import devices
-from gmp_atl import encoder as encoders
+from gmp_atl import devices, model_files
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import RetrainingSlice
 from gmp_atl.folds import training_split
@@ -43,7 +42,7 @@ def retraining(
     device = devices.resolve(gpus)
     settings = config.retraining
     split = training_split(utterances, config.folds, fold)
-    backbone, origin = encoders.load_fitted(encoder, regularisation(settings.optimisation))
+    backbone, origin = model_files.load_fitted(encoder, regularisation(settings.optimisation))
     split.refuse_leaks(origin["fitted_on"], encoder)
     clips = Clips.read(local_features, split, encoder=origin["encoder"])
     transductive = config.clustering.fit_on == "all"
@@ -75,5 +74,5 @@ def retraining(
         updates=settings.updates,
     )
     trainer.run()
-    encoders.save(backbone, output, encoder=origin["encoder"], fitted_on=sorted({*origin["fitted_on"], *split.ids}))
+    model_files.save(backbone, output, encoder=origin["encoder"], fitted_on=sorted({*origin["fitted_on"], *split.ids}))
     trainer.finish(history)
