@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import logging
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -495,15 +496,27 @@ def test_stage_on_the_demo(demo: Path, tmp_path: Path, caplog: pytest.LogCapture
     assert "20 (label fru is not used)" in caplog.text
 
 
-def test_stage_excludes_clips_that_cannot_be_used(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def rows(own: Path) -> list[dict[str, Any]]:
+    """Of a manifest in `own` with both classes in the training part of both folds."""
+    write_audio(own / "d.wav", n_samples=1000)
+    write_audio(own / "e.wav", n_samples=1200)
+    return [*ROWS, {**ROWS[0], "path": "d.wav", "emotion": "happy"}, {**ROWS[1], "path": "e.wav", "emotion": "sad"}]
+
+
+def test_stage_excludes_clips_that_cannot_be_used(
+    own: Path, rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_audio(own / "short.wav", n_samples=399)
     (own / "broken.wav").write_bytes(b"RIFF")
     more = [{**ROWS[0], "path": name} for name in ("short.wav", "broken.wav")]
     with caplog.at_level(logging.INFO):
-        table, _ = run_stage(tmp_path, write_manifest(own / "own.csv", ROWS + more), "manifest", by="speaker")
+        table, _ = run_stage(tmp_path, write_manifest(own / "own.csv", rows + more), "manifest", by="speaker")
     assert dict(zip(table["id"].to_pylist(), table["n_samples"].to_pylist(), strict=True)) == {
         "a": 1_600,
+        "d": 1_000,
         "deep/b": 1_600,
+        "e": 1_200,
     }
     excluded, _ = EXCLUDED.read(tmp_path / "excluded.parquet")
     reasons = dict(zip(excluded["id"].to_pylist(), excluded["reason"].to_pylist(), strict=True))
@@ -513,16 +526,45 @@ def test_stage_excludes_clips_that_cannot_be_used(own: Path, tmp_path: Path, cap
     assert "1 clips have several channels" in caplog.text
 
 
-def test_stage_keeps_clipped_clips_and_tells_them(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stage_keeps_clipped_clips_and_tells_them(
+    own: Path, rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names, loud = [f"loud{n}" for n in range(4)], np.sign(np.sin(np.arange(800) / 9))
     for name in names:
         soundfile.write(own / f"{name}.wav", loud, 16_000)
     more = [{**ROWS[0], "path": f"{name}.wav"} for name in names]
     with caplog.at_level(NOTICE):
-        table, _ = run_stage(tmp_path, write_manifest(own / "own.csv", ROWS + more), "manifest", by="speaker")
+        table, _ = run_stage(tmp_path, write_manifest(own / "own.csv", rows + more), "manifest", by="speaker")
     assert {*names} <= {*table["id"].to_pylist()}
     told = "4 clips are kept of which over 1 % is at full scale: loud0, loud1, loud2, ..."
     assert told in caplog.messages
+
+
+def test_stage_needs_every_class_in_the_training_part_of_every_fold(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Fold 1 would train on no utterance of sad: all of them are of speaker s1"):
+        run_stage(tmp_path, write_manifest(own / "own.csv", ROWS), "manifest", by="speaker")
+
+
+def test_stage_refuses_a_recording_on_both_sides_of_a_split(
+    own: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    samples, rate = soundfile.read(own / "a.wav", dtype="int16")
+    soundfile.write(own / "copy.flac", samples, rate)
+    manifest = write_manifest(own / "own.csv", [*rows, {**ROWS[1], "path": "copy.flac"}])
+    with pytest.raises(UserError, match=r"a \(fold 1\) and copy \(fold 2\) are the same samples"):
+        run_stage(tmp_path, manifest, "manifest", by="speaker")
+    assert not (tmp_path / "utterances.parquet").exists()
+
+
+def test_stage_tells_copies_within_a_fold(
+    own: Path, rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(own / "a.wav", own / "copy.wav")
+    manifest = write_manifest(own / "own.csv", [*rows, {**ROWS[0], "path": "copy.wav"}])
+    with caplog.at_level(NOTICE):
+        table, _ = run_stage(tmp_path, manifest, "manifest", by="speaker")
+    assert {"a", "copy"} <= {*table["id"].to_pylist()}
+    assert "1 clips are copies of others in their fold, sample by sample: copy of a" in caplog.messages
 
 
 def test_stage_needs_every_class(own: Path, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
     Every clip is decoded once, so that a damaged one is found here and not hours into training.
 
     Raises:
-        UserError: no corpus there, a class without utterances, folds that do not fit, or an incomplete IEMOCAP
-            that the config does not allow.
+        UserError: no corpus there, a class without utterances, folds that do not fit or that share a recording, or an
+            incomplete IEMOCAP that the config does not allow.
     """
     found = read_corpus(config.corpus.reader, root, config.classes, allow_partial=config.corpus.allow_partial)
     clips, rejected = _inspect(found)
@@ -41,6 +41,8 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
     _require_classes(config.classes, found, kept, reasons)
     table = pa.Table.from_pylist([_row(each, n_samples[each.id]) for each in kept], schema=UTTERANCES.schema)
     check_folds(table, config.folds)
+    _require_training_classes(config.classes, kept, config.folds)
+    _refuse_copies(kept, clips, config.folds)
 
     described = {
         "corpus": found.name,
@@ -100,6 +102,38 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
         told = ", ".join(clipped[:3]) + ", ..." * (len(clipped) > 3)
         logger.log(NOTICE, "%d clips are kept of which over 1 %% is at full scale: %s", len(clipped), told)
     return usable, rejected
+
+
+def _require_training_classes(classes: list[str], kept: list[Utterance], folds: FoldsConfig) -> None:
+    for fold, group in enumerate(folds.held_out, start=1):
+        trained_on = {each.emotion for each in kept if getattr(each, folds.by) not in group}
+        if absent := [name for name in classes if name not in trained_on]:
+            raise UserError(
+                f"Fold {fold} would train on no utterance of {' or '.join(absent)}: all of them are of {folds.by} "
+                f"{' or '.join(group)}, which it holds out. Change folds.held_out or classes."
+            )
+
+
+def _refuse_copies(kept: list[Utterance], clips: Mapping[str, audio.AudioInfo], folds: FoldsConfig) -> None:
+    """Refuse the same samples, under two ids, on both sides of a split; within a fold they are told."""
+    fold_of = {name: number for number, group in enumerate(folds.held_out, start=1) for name in group}
+    first: dict[str, Utterance] = {}
+    copies = []
+    for each in kept:
+        other = first.setdefault(clips[each.id].sha256, each)
+        if other is each:
+            continue
+        here, there = (fold_of[getattr(utterance, folds.by)] for utterance in (each, other))
+        if here != there:
+            raise UserError(
+                f"{other.id} (fold {there}) and {each.id} (fold {here}) are the same samples: a model "
+                "would be tested on what it was trained on. Remove one of the two, or hold both out in one fold "
+                "(folds.held_out)."
+            )
+        copies.append(f"{each.id} of {other.id}")
+    if copies:
+        told = ", ".join(copies[:3]) + ", ..." * (len(copies) > 3)
+        logger.log(NOTICE, "%d clips are copies of others in their fold, sample by sample: %s", len(copies), told)
 
 
 def _is_complete(
