@@ -28,6 +28,7 @@ from gmp_atl.corpora import emodb, ravdess, read_corpus
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.folds import Split, held_out_split, training_split, without_group
 from gmp_atl.formats import LAYER_FEATURES, LOCAL_FEATURES, PSEUDO_LABELS, feature_rows
+from gmp_atl.stages.pretrained import pretrained
 
 ROOT = Path(__file__).parent.parent
 SELECTIONS = ["last", "held_out_training_group", "oracle"]
@@ -279,6 +280,14 @@ def test_a_planted_leak_is_caught_from_the_ids_in_the_artefact(
 ) -> None:
     with pytest.raises(LeakageError, match=stranger):
         plant(what, stranger)
+
+
+def test_an_encoder_of_a_run_is_refused_as_the_pre_trained_one(stages: Stages, upstream: Any, tmp_path: Path) -> None:
+    settings = {"encoder.source": "directory", "encoder.path": str(upstream.multitask.folder)}
+    fitted_on = sorted(upstream.multitask.fitted_on)
+    with pytest.raises(LeakageError, match=f"fitted on {len(fitted_on)} utterances .{fitted_on[0]} among them"):
+        pretrained(config=stages.config("pretrained", settings), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_that_does_not_say_what_it_was_fitted_on_is_refused(stages: Stages, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmp_atl import model_files
 from gmp_atl.config import PACKAGED_ENCODER, EncoderConfig, EncoderSlice
 from gmp_atl.encoder import Encoder, from_scratch
-from gmp_atl.errors import UserError
+from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import Output, sha256
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ def pretrained(*, config: EncoderSlice, output: Output) -> None:
     """Write `config.json` and `model.safetensors` of the encoder that the config names.
 
     Raises:
+        LeakageError: the source says which utterances it was fitted on, as encoders within a run do.
         UserError: the source is missing, damaged, not a HuBERT, or not the pinned file.
     """
     settings = config.encoder
@@ -50,7 +51,13 @@ def _from_folder(folder: Path, settings: EncoderConfig) -> Encoder:
         return _from_archive(folder, archive, settings)
     if settings.sha256 and weights.exists():
         _check_digest(weights, settings.sha256)
-    encoder, _ = model_files.load(folder)
+    encoder, metadata = model_files.load(folder)
+    if ids := metadata.get("fitted_on"):
+        raise LeakageError(
+            f"{folder} was fitted on {len(ids)} utterances ({ids[0]} among them), which as the pre-trained encoder it "
+            "would bring into every fold. Name one that was pre-trained on other speech; `snakemake pretrain` puts its "
+            "own in results/<name>/encoder."
+        )
     return encoder
 
 
