@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -337,3 +338,15 @@ def spoken(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pyt
     model = stages.finetuning(changes, loss=loss)
     predictions = stages.evaluation(model, changes, loss=loss)
     return Spoken(folder / "audio", stages, model.folder, loss, changes, predictions)
+
+
+@pytest.fixture
+def without_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every connection is refused, as it would be by a proxy that is down."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+    yield
+    huggingface_hub.close_session()

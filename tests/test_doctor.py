@@ -134,13 +134,11 @@ def test_a_folder_with_an_archive_of_pytorch_is_an_encoder_where_it_is_pinned(tm
     ("cached", "answers", "state"),
     [(True, False, State.OK), (False, True, State.OK), (False, False, State.MISSING)],
 )
+@pytest.mark.usefixtures("without_network")
 def test_encoders_of_the_hub(tmp_path, monkeypatch, cached, answers, state):
-    def ask(*_, **__):
-        if not answers:
-            raise ConnectionError("no route")
-
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cached" if cached else None)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    if answers:
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
     finding = found("encoder", tmp_path, encoder={"source": "hub", "name": "a/b", "revision": 40 * "0"})
     assert finding.state is state
     assert ("--local-dir" in finding.remedy) == (state is State.MISSING)

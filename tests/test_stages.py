@@ -16,7 +16,6 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -143,12 +142,9 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_for_safetensors_first(stag
     assert metadata["encoder"].startswith("someone/hubert@01234567, sha256 ")
 
 
-def test_without_network_the_user_is_told_what_to_do(stages, tmp_path, monkeypatch):
-    def download(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(UserError, match=r"no connection.*encoder.source: directory"):
+@pytest.mark.usefixtures("without_network")
+def test_without_network_the_user_is_told_what_to_do(stages, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be fetched from the hub.*encoder.source: directory"):
         prepared(stages, tmp_path / "out", **HUB)
 
 

@@ -191,6 +191,7 @@ def _encoder(config: EncoderConfig) -> Finding:
 
 
 def _hub_encoder(name: str, revision: str) -> Finding:
+    from httpx import HTTPError
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     cached = [
@@ -200,7 +201,7 @@ def _hub_encoder(name: str, revision: str) -> Finding:
         return Finding("encoder", State.OK, f"{name}, in the hub's cache")
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_RESOLVE_SECONDS)
-    except (OSError, ValueError) as error:  # the hub's own errors are among the first
+    except (HTTPError, OSError, ValueError) as error:  # the hub's own errors are among the second
         text = f"{name} is not in the hub's cache, and the hub does not answer ({type(error).__name__})"
         remedy = (
             f"on a machine with network: hf download {name} --revision {revision} --local-dir FOLDER; then here "

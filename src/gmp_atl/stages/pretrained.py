@@ -79,8 +79,8 @@ def _from_archive(folder: Path, archive: Path, settings: EncoderConfig) -> Encod
 
 
 def _download(settings: EncoderConfig) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     assert settings.name is not None  # the config has checked
     names = ["config.json", "model.safetensors"]
@@ -89,7 +89,7 @@ def _download(settings: EncoderConfig) -> Path:
         if not (folder / "model.safetensors").exists():
             names = ["config.json", "pytorch_model.bin"]
             folder = Path(snapshot_download(settings.name, revision=settings.revision, allow_patterns=names))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # the hub's own errors are among the second
         raise UserError(
             f"encoder {settings.name} at revision {settings.revision} cannot be fetched from the hub ({error}). On a "
             "machine without network, fetch it elsewhere and set encoder.source: directory and encoder.path."
