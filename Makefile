@@ -70,6 +70,10 @@ opensmile: .venv/.opensmile  ## add openSMILE, for research use only, for a row 
 
 # Snakemake lists every page; that is shown only where something is wrong.
 REPORT = log=$$(snakemake --report results/$1-report.html $2 2>&1) || { tail -n 20 <<< "$$log" >&2; exit 1; }
+# PRESET names a file in presets/; CONFIG has further changes, as --config takes them.
+PRESETS := $(basename $(notdir $(wildcard presets/*.yaml)))
+OF_RUN = $(if $(PRESET),--configfile $(if $(filter $(PRESET),$(PRESETS)),presets/$(PRESET).yaml,$(error PRESET is \
+	$(PRESET), but presets/ has $(PRESETS))))$(if $(CONFIG), --config $(CONFIG))
 DEMO := --configfile presets/demo.yaml $(if $(filter 0,$(OPENSMILE)),--config 'tables={"baseline": "none"}')
 
 demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table on synthetic speech, in minutes
@@ -83,12 +87,11 @@ demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table 
 	@echo "    . .venv/bin/activate; snakemake --cores all"
 
 report: setup  ## a run's tables and figures as one page, results/PRESET-report.html; the paper's without PRESET
-	@$(call REPORT,$(or $(PRESET),iemocap),$(if $(PRESET),--configfile presets/$(PRESET).yaml))
+	@$(call REPORT,$(or $(PRESET),iemocap),$(OF_RUN))
 	@echo "results/$(or $(PRESET),iemocap)-report.html"
 
 archive: setup  ## pack what tables need of a run in results/NAME/NAME.zip; PRESET=demo for another than the paper's
-	@snakemake --cores all archive $(if $(PRESET),--configfile presets/$(PRESET).yaml) \
-		$(if $(GPU),,--workflow-profile workflow/profiles/cpu)
+	@snakemake --cores all archive $(OF_RUN) $(if $(GPU),,--workflow-profile workflow/profiles/cpu)
 
 tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures of an archive anew, FROM=FILE
 	@test -n "$(FROM)" || { echo "Which archive? make tables FROM=results/demo/demo.zip" >&2; exit 2; }

@@ -202,6 +202,20 @@ def test_missing_iemocap_stops_at_once_and_says_what_to_do(tmp_path: Path) -> No
     assert not (tmp_path / "results").exists()
 
 
+def test_a_finished_run_is_not_lost_to_a_root_that_does_not_exist(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    corpus = {"reader": "emodb", "root": "data/forgotten"}
+    (read_from,) = folder.glob("results/*/corpus/root.txt")
+    assert read_from.read_text() == f"{read_from.parents[1].relative_to(folder)}/release\n"
+    before = {path: path.read_bytes() for path in folder.glob("results/*/corpus/*")}
+    run = snakemake(folder, config=overlaid({"corpus": corpus}))
+    assert run.returncode != 0
+    assert "data/forgotten does not exist; results/tiny was made from the corpus at results/tiny/release" in (
+        run.stdout + run.stderr
+    ).replace("\n", " ")
+    assert {path: path.read_bytes() for path in folder.glob("results/*/corpus/*")} == before
+
+
 def test_unknown_and_mistyped_keys_are_named(tmp_path: Path) -> None:
     run = snakemake(tmp_path, config={**TINY, "finetuning": {"marign": 0.1, "epochs": "1e1"}})
     output = run.stdout + run.stderr

@@ -13,7 +13,7 @@ rule functionals:
         mem_mb=4_000,
         runtime=120,
     params:
-        audio_root=AUDIO_ROOT,
+        audio_root=lambda _: AUDIO_ROOT,
         code=code_hash("functionals"),
     shell:
         "python -m gmp_atl functionals --utterances {input.utterances} --audio-root {params.audio_root:q}"

@@ -3,6 +3,7 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
@@ -29,7 +30,7 @@ pathvars:
 
 # Rules call the package by its source folder, so that it need not be installed in their environments.
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH='{workflow.basedir}/src' "
+    f"set -euo pipefail; export PYTHONPATH={quote(workflow.basedir + '/src')} "
     f"GMP_ATL_CHECKPOINT_MINUTES={CONFIG.compute.checkpoint_minutes} "
     f"GMP_ATL_JOBS_PER_GPU={CONFIG.compute.jobs_per_gpu}; "
 )
@@ -78,10 +79,20 @@ CORPUS_ROOT = f"results/{CONFIG.name}/release" if CONFIG.corpus.reader == "synth
 AUDIO_ROOT = str(Path(CORPUS_ROOT).parent) if CONFIG.corpus.reader == "manifest" else CORPUS_ROOT
 EVALUATIONS = Path(f"results/{CONFIG.name}/evaluations")
 
-if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists() and not EVALUATIONS.exists():
+READ_FROM = Path(f"results/{CONFIG.name}/corpus/root.txt")
+
+if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists():
     from gmp_atl.corpora import missing_release
 
-    raise WorkflowError(missing_release(CONFIG.corpus.reader, CORPUS_ROOT))
+    if not EVALUATIONS.exists():
+        raise WorkflowError(missing_release(CONFIG.corpus.reader, CORPUS_ROOT))
+    # Another root would have the corpus read anew, which fails and takes what a finished run is built on.
+    if READ_FROM.exists() and (read_from := READ_FROM.read_text(encoding="utf-8").rstrip("\n")) != CORPUS_ROOT:
+        raise WorkflowError(
+            f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {read_from}. Give that as "
+            "corpus.root, as that run did (with make: CONFIG=...), or another name than "
+            f"{CONFIG.name} for a run of its own."
+        )
 
 SEEDS = CONFIG.seeds
 FOLDS = range(1, len(CONFIG.folds.held_out) + 1)

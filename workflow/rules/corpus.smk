@@ -19,6 +19,7 @@ rule corpus:
     output:
         utterances="<results>/corpus/utterances.parquet",
         excluded="<results>/corpus/excluded.parquet",
+        root="<results>/corpus/root.txt",
         summary="<results>/evaluations/corpus.parquet",
         provenance="<provenance>/corpus.json",
     log:
@@ -33,4 +34,4 @@ rule corpus:
     shell:
         "python -m gmp_atl corpus --config {params.config:q} --root {params.root:q} --threads {threads}"
         " --utterances {output.utterances} --excluded {output.excluded} --summary {output.summary}"
-        " --provenance {output.provenance} 2> {log}"
+        " --provenance {output.provenance} 2> {log}; echo {params.root:q} > {output.root}"

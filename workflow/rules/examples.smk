@@ -25,7 +25,7 @@ rule examples:
         runtime=30,
     params:
         config=settings("examples"),
-        audio_root=AUDIO_ROOT,
+        audio_root=lambda _: AUDIO_ROOT,
         first=FIRST,
         pretrained=subpath(input.pretrained, parent=True),
         multitask=subpath(input.multitask, parent=True),

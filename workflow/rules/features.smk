@@ -41,7 +41,7 @@ rule local_features:
         runtime=60,
     params:
         config=settings("local_features"),
-        audio_root=AUDIO_ROOT,
+        audio_root=lambda _: AUDIO_ROOT,
         encoder=subpath(input.encoder, parent=True),
         code=code_hash("local_features"),
     shell:
