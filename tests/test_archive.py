@@ -35,8 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def pack(run: Run, path: Path) -> Path:
-    folder = run.output.parent
-    archive(config=run.config, evaluations=run.evaluations, tables=run.output, figures=folder / "figures", output=path)
+    made = [[*folder.iterdir()] for folder in (run.output, run.output.parent / "figures")]
+    archive(config=run.config, evaluations=run.evaluations, tables=made[0], figures=made[1], output=path)
     return path
 
 

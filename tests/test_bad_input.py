@@ -752,16 +752,8 @@ def test_an_architecture_of_any_type(tmp_path: Path, weights: Path, key: str, va
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run(tmp_path_factory.mktemp("run"))
     fill(run)
-    for folder in (run.output, run.output.parent / "figures"):
-        folder.mkdir()
     path = tmp_path_factory.mktemp("packed") / "made.zip"
-    archive(
-        config=run.config,
-        evaluations=run.evaluations,
-        tables=run.output,
-        figures=run.output.parent / "figures",
-        output=path,
-    )
+    archive(config=run.config, evaluations=run.evaluations, tables=[], figures=[], output=path)
     return path
 
 

@@ -295,7 +295,8 @@ def made_jobs(folder: Path) -> dict[str, Job]:
         Job("figures", {**slice_of("tables"), **made}, {"output": "figures"}),
         Job(
             "archive",
-            {**slice_of("tables"), **made, "tables": at("tables", "tables"), "figures": at("figures", "figures")},
+            {**slice_of("tables"), **made, "tables": at("tables", "tables/table1.csv")}
+            | {"figures": at("figures", "figures/folds.svg")},
             {"output": "run.zip"},
         ),
         Job(

@@ -417,6 +417,17 @@ def test_only_the_tables_asked_for_are_made(tmp_path):
     assert not [name for name in names if name.startswith(("table1", "table3", "table4"))]
 
 
+def test_tables_of_an_earlier_config_are_not_left_among_those_of_this_one(tmp_path):
+    run = Run(tmp_path, config(ablations={"frozen": {"multitask": {"encoder": "frozen"}}}))
+    (run.output.parent / "tables").mkdir()
+    (run.output / "probes.csv").touch()  # of another rule
+    assert {"ablations.csv", "table4.tex"} <= run.tables().keys()
+    run.config = config(tables={"numbers": [1, 2, 3]})
+    left = {name.partition(".")[0] for name in run.tables()}
+    assert "probes" in left
+    assert not left & {"ablations", "table4"}
+
+
 def test_equal_evaluations_give_equal_bytes_wherever_they_lie(tmp_path):
     made = []
     for place, order in (("here", (1, 2)), ("there", (2, 1))):

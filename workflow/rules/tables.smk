@@ -58,8 +58,8 @@ rule archive:
         corpus=rules.corpus.output.summary,
         evaluations=evaluated(),
         utterances=illustrated(),
-        table=rules.tables.output[0],
-        figure=rules.figures.output[0],
+        tables=[path for path in rules.tables.output if path != rules.tables.output.provenance],
+        figures=[path for path in rules.figures.output if path != rules.figures.output.provenance],
     output:
         archive=f"<results>/{CONFIG.name}.zip",
         provenance="<logs>/archive.json",
@@ -70,10 +70,8 @@ rule archive:
     params:
         config=settings("tables"),
         evaluations=subpath(input.corpus, parent=True),
-        tables=subpath(input.table, parent=True),
-        figures=subpath(input.figure, parent=True),
         code=code_hash("archive"),
     shell:
         "python -m gmp_atl archive --config {params.config:q} --evaluations {params.evaluations}"
-        " --tables {params.tables} --figures {params.figures} --output {output.archive}"
+        " --tables {input.tables} --figures {input.figures} --output {output.archive}"
         " --provenance {output.provenance} 2> {log}"

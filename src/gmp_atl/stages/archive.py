@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -62,13 +63,13 @@ class Manifest(BaseModel):
     """Table or figure of the run, as `tables/table1.csv`: SHA-256."""
 
 
-def archive(*, config: Config, evaluations: Path, tables: Path, figures: Path, output: Output) -> None:
+def archive(*, config: Config, evaluations: Path, tables: list[Path], figures: list[Path], output: Output) -> None:
     """Pack the evaluation folder of a run.
 
     Args:
         config: The whole config.
         evaluations: Folder whose Parquet and JSON files are packed.
-        tables: Folder of the run's tables; only their digests are packed.
+        tables: Files of the run's tables, in one folder; only their digests are packed.
         figures: Likewise.
         output: Zip file.
 
@@ -132,13 +133,15 @@ def restore(path: Path, output: Path) -> Config:
 def compare(restored: Path) -> tuple[int, list[str]]:
     """How many tables and figures below a restored folder are those of the archived run, and which are not."""
     manifest = Manifest.model_validate_json((restored / MANIFEST).read_bytes())
-    here = {**_made(restored / "tables", "tables"), **_made(restored / "figures", "figures")}
+    here: dict[str, str] = {}
+    for kind in ("tables", "figures"):
+        here |= _made((restored / kind).iterdir(), kind)
     differing = sorted(name for name, digest in manifest.made.items() if here.get(name) != digest)
     return len(manifest.made) - len(differing), differing
 
 
-def _made(folder: Path, kind: str) -> dict[str, str]:
-    return {f"{kind}/{path.name}": sha256(path) for path in sorted(folder.iterdir())}
+def _made(files: Iterable[Path], kind: str) -> dict[str, str]:
+    return {f"{kind}/{path.name}": sha256(path) for path in sorted(files)}
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

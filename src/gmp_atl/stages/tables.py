@@ -66,22 +66,35 @@ def tables(*, config: Config, evaluations: Path, output: Output) -> None:
     """
     run = load(config, evaluations)
     papers = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}
-    for number in sorted(set(config.tables.numbers)):
-        _write(papers[number](run), output, "csv", "md", "html", "tex")
+    for number, paper_table in papers.items():
+        if number in config.tables.numbers:
+            _write(paper_table(run), output, "csv", "md", "html", "tex")
+        else:
+            _remove(f"table{number}", output)
     for table in (_claims(run), _effects(run), _per_fold(run), _per_session(run), _provenance(run)):
         _write(table, output, "csv", "md", "html")
     _write(_confusion_counts(run), output, "csv")
     _write(_confusion_matrix(run), output, "md", "html")
     if config.ablations:
         _write(_ablations(run), output, "csv", "md", "html")
+    else:
+        _remove("ablations", output)
     if not run.clusters.empty:
         _write(_clusters(run), output, "csv", "md", "html")
+    else:
+        _remove("clusters", output)
 
 
 def _write(table: Table, output: Path, *suffixes: str) -> None:
     renderings = {"csv": table.csv, "md": table.markdown, "html": table.html, "tex": table.latex}
     for suffix in suffixes:
         write_text(output / f"{table.name}.{suffix}", renderings[suffix]())
+
+
+def _remove(name: str, output: Path) -> None:
+    """A table that an earlier config asked for would be taken for one of this run."""
+    for path in output.glob(f"{name}.*"):
+        path.unlink()
 
 
 def _table_1(run: Evaluations) -> Table:
