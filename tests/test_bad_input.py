@@ -807,8 +807,8 @@ def test_a_config_that_is_none_ends_a_command(
 
 def test_every_bad_clip_is_listed_with_its_reason(tmp_path: Path) -> None:
     """One of each kind in one corpus, through the command line."""
-    write_audio(tmp_path / "good.wav")
-    write_audio(tmp_path / "other.wav")
+    for number, name in enumerate(["good", "other", "third", "fourth"]):
+        write_audio(tmp_path / f"{name}.wav", n_samples=800 + number)
     bad = {"zero": b"", "cut": (tmp_path / "good.wav").read_bytes()[:500], "text": b"hello", "riff": b"RIFF"}
     for name, data in bad.items():
         (tmp_path / f"{name}.wav").write_bytes(data)
@@ -817,12 +817,13 @@ def test_every_bad_clip_is_listed_with_its_reason(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "rate.wav", noise(1_000), 44_101)
     names = ["good", "zero", "cut", "text", "riff", "nan", "silence", "rate", "gone", "x" * 300]
     rows = [{**ROWS[0], "path": f"{name}.wav"} for name in names] + [{**ROWS[1], "path": "other.wav"}]
+    rows += [{**ROWS[0], "path": "third.wav", "emotion": "happy"}, {**ROWS[1], "path": "fourth.wav", "emotion": "sad"}]
     path = write_manifest(tmp_path / "own.csv", rows)
     assert cli.main(corpus_arguments(tmp_path, path)) == 0
     kept = UTTERANCES.read(tmp_path / "utterances.parquet")[0]["id"].to_pylist()
     excluded = dict(zip(*EXCLUDED.read(tmp_path / "excluded.parquet")[0].to_pydict().values(), strict=True))
-    assert sorted([*kept, *excluded]) == sorted([*names, "other"])
-    assert sorted(kept) == ["good", "other"]
+    assert sorted([*kept, *excluded]) == sorted([*names, "other", "third", "fourth"])
+    assert sorted(kept) == ["fourth", "good", "other", "third"]
     assert all(excluded.values())
     TRIED["command line", "excluded"] += len(excluded)
 

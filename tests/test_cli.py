@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gmp_atl import cli
+from gmp_atl import cli, formats
+from gmp_atl.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,26 @@ def test_what_is_no_length_of_time_is_refused(capsys: pytest.CaptureFixture[str]
         cli.main(["predict", "model", "a.wav", f"--window={seconds}"])
     assert end.value.code == 2
     assert f"argument --window: invalid positive number value: '{seconds}'" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_enough_ends_a_command_without_a_traceback() -> None:
+    code = "import sys; from gmp_atl import cli; cli._command = lambda _: print('row\\n' * 100_000); sys.exit(cli.main([]))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline() == b"row\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("place", ["folder", "folder/file/output", "/proc/output"])
+def test_where_no_file_can_be_nothing_is_left_and_the_place_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").touch()
+    with pytest.raises(UserError, match=f"{place} cannot be written: ."):
+        formats.write_text(tmp_path / place, "text")
+    if place != "folder":  # which another folder may replace
+        with pytest.raises(UserError, match=f"{place} cannot be written: ."), formats.atomic_folder(tmp_path / place):
+            pass
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", tmp_path / "folder/file"]

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,12 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("faiss").setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if argv and argv[0] in STAGES:
-            return _run(argv[0], argv[1:])
-        return _command(argv)
+        code = _run(argv[0], argv[1:]) if argv and argv[0] in STAGES else _command(argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"gmp-atl {argv[0]}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
+        return 128 + signal.SIGPIPE
 
 
 def _command(argv: list[str]) -> int:

@@ -66,14 +66,12 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved onto it when the block ends without an error.
 
     Raises:
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full, or may not be written to, or no file can be there.
     """
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(path)
-        # A folder, since libraries may write under another name beside the one that they are given.
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder.")
+    # A folder, since libraries may write under another name beside the one that they are given.
+    with _beside(path) as folder:
         temporary = folder / "partial"
         temporary.touch()
         yield temporary
@@ -81,14 +79,41 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        UserError: as `atomic` does.
+    """
+    with _beside(path) as folder:
+        fresh = folder / "fresh"
+        fresh.mkdir()
+        yield fresh
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.replace(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A folder for what is to be moved to `path`; what the system has against writing becomes a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(path)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        yield folder
     except Exception as error:
         reason = _refusal(error)
         if reason is None:
             raise
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refusal(error: Exception) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from dataclasses import field
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from gmp_atl.classifier import Classifier, Description
 from gmp_atl.config import HeadConfig
 from gmp_atl.encoder import Architecture, Encoder
 from gmp_atl.errors import UserError
-from gmp_atl.formats import write_text
+from gmp_atl.formats import atomic_folder, write_text
 from gmp_atl.heads import UtteranceHead
 from gmp_atl.model_card import model_card
 
@@ -124,9 +123,7 @@ def export(model: Path, output: Path, evaluations: Path | None = None, *, onnx: 
     network, description = classifier.load(model)
     [encoder_alone] = network.encoder.architecture.to_config()["architectures"]
     card = model_card(model, description, evaluations, network=encoder_alone)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = Path(temporary) / "model"
+    with atomic_folder(output) as folder:
         of(network, description).save_pretrained(folder)
         Wav2Vec2FeatureExtractor(
             sampling_rate=SAMPLE_RATE, do_normalize=description.normalise_audio, return_attention_mask=True
@@ -136,7 +133,6 @@ def export(model: Path, output: Path, evaluations: Path | None = None, *, onnx: 
             from gmp_atl import onnx_graph
 
             onnx_graph.write(network, description, folder / "model.onnx")
-        folder.rename(output)
     log.info("%s: model for transformers, once gmp_atl.hub is imported", output)
 
 

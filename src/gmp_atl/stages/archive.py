@@ -12,9 +12,7 @@ import hashlib
 import json
 import logging
 import lzma
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -26,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gmp_atl.config import Config, identity
 from gmp_atl.errors import NOTICE, UserError
-from gmp_atl.formats import Output, atomic, sha256, write_text
+from gmp_atl.formats import Output, atomic, atomic_folder, sha256, write_text
 
 log = logging.getLogger(__name__)
 
@@ -117,16 +115,12 @@ def restore(path: Path, output: Path) -> Config:
     config = _config(path, manifest)
     if output.exists() and not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists and was not restored from an archive: name another folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        fresh = Path(temporary) / "fresh"
+    with atomic_folder(output) as fresh:
         for name, data in contents.items():
             target = fresh / "evaluations" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         write_text(fresh / MANIFEST, manifest.model_dump_json(indent=1))
-        shutil.rmtree(output, ignore_errors=True)
-        fresh.replace(output)
     return config
 
 
