@@ -58,7 +58,7 @@ def test_what_is_no_length_of_time_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_reader_who_has_enough_ends_a_command_without_a_traceback() -> None:
-    code = "import sys; from gmp_atl import cli; cli._command = lambda _: print('row\\n' * 100_000); sys.exit(cli.main([]))"
+    code = "from gmp_atl import cli; cli._command = lambda _: print('row\\n' * 100_000); raise SystemExit(cli.main([]))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     assert process.stderr

@@ -98,6 +98,25 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     assert (finding.state, finding.text) == (State.MISSING, f"{tmp_path} may not be written to")
 
 
+def test_changes_on_the_command_line_come_after_the_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    changes = [f"corpus={{reader: emodb, root: {tmp_path}/emodb}}", "name=changed"]
+    cli.main(["doctor", "--config", *changes])
+    told = capsys.readouterr().out
+    assert "config    config.yaml: changed" in told
+    assert f"{tmp_path}/emodb does not exist" in told
+    cli.main(["doctor", "--config", "changed"])
+    assert re.search("missing +config +--config changed: ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", ["- a", "text", "3"])
+def test_config_files_without_keys_are_refused(tmp_path, capsys, text):
+    (tmp_path / "list.yaml").write_text(text)
+    assert cli.main(["doctor", "--configfile", str(tmp_path / "list.yaml")]) == 1
+    assert f"{tmp_path}/list.yaml: a list, or a single value; expected keys and values" in capsys.readouterr().out
+
+
 def test_a_corpus_that_is_not_there(tmp_path):
     finding = found("corpus", tmp_path, corpus={"reader": "iemocap", "root": str(tmp_path / "release")})
     assert finding.state is State.MISSING

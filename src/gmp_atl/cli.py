@@ -171,16 +171,20 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _add_doctor(commands: _Commands) -> None:
     text = "check what a run needs on this machine"
-    parser = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}; exit code 1: it lacks some.")
+    description = f"{text.capitalize()}; exit code 1: it lacks some."
+    parser = commands.add_parser("doctor", help=text, description=description, allow_abbrev=False)
     help = "as for snakemake: changes to config.yaml, which lies in the working directory"
     parser.add_argument("--configfile", type=Path, nargs="+", default=[], metavar="FILE", help=help)
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="as for snakemake: further changes"
+    )
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from gmp_atl import doctor
 
-    return doctor.report([Path("config.yaml"), *options.configfile])
+    return doctor.report([Path("config.yaml"), *options.configfile], options.config)
 
 
 def _add_restore(commands: _Commands) -> None:

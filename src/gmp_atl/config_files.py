@@ -25,13 +25,15 @@ def check(path: Path) -> None:
     """Refuse a config file that is not plain YAML.
 
     Raises:
-        UserError: not UTF-8 or YAML, a key twice in one mapping, a tag, an expression (`__use_yte__`), or aliases
+        UserError: not UTF-8 or YAML, no mapping, a key twice in one, a tag, an expression (`__use_yte__`), or aliases
             that multiply; names file and line.
     """
     text = read_text(path)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
+            if not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{path}: a list, or a single value; expected keys and values, as in config.yaml.")
             _count(node, path, {})
     except yaml.MarkedYAMLError as error:
         place = f":{error.problem_mark.line + 1}" if error.problem_mark else ""

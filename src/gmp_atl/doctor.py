@@ -48,14 +48,17 @@ class Finding:
     remedy: str = ""
 
 
-def report(config_paths: Sequence[Path]) -> int:
+def report(config_paths: Sequence[Path], changes: Sequence[str] = ()) -> int:
     """Print what is found under the config that the files make together, the later changing the earlier.
+
+    Args:
+        changes: `key=value` each, as Snakemake's --config takes them; they come after the files.
 
     Returns:
         1 if something is missing, else 0.
     """
     missing = False
-    for finding in findings(config_paths):
+    for finding in findings(config_paths, changes):
         print(f"{finding.state.value:9}{finding.subject:10}{finding.text}", flush=True)
         if finding.remedy:
             print(f"{'':19}-> {finding.remedy}", flush=True)
@@ -63,14 +66,14 @@ def report(config_paths: Sequence[Path]) -> int:
     return int(missing)
 
 
-def findings(config_paths: Sequence[Path]) -> Iterator[Finding]:
+def findings(config_paths: Sequence[Path], changes: Sequence[str] = ()) -> Iterator[Finding]:
     """In the order in which a run needs them; without a valid config, not what depends on one."""
     yield _python()
     yield from _packages()
     yield _gpu()
     yield _scheduler()
     try:
-        config = _load(config_paths)
+        config = _load(config_paths, changes)
     except UserError as error:
         yield Finding("config", State.MISSING, str(error), "see docs/config.md")
         return
@@ -143,15 +146,21 @@ def _scheduler() -> Finding:
     return Finding("SLURM", State.OK, "not here; jobs run on this machine")
 
 
-def _load(paths: Sequence[Path]) -> Config:
-    from snakemake.utils import update_config  # slow to import; merges as a run does
+def _load(paths: Sequence[Path], changes: Sequence[str] = ()) -> Config:
+    # Slow to import; read and merge as a run does.
+    from snakemake.cli import parse_config
+    from snakemake.utils import update_config
 
     merged: dict[str, object] = {}
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path} does not exist; run this in the project's folder.")
         config_files.check(path)
         update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    try:
+        update_config(merged, parse_config(changes))
+    except ValueError as error:
+        raise UserError(f"--config {' '.join(changes)}: {error}") from None
     return configs.parse(merged)
 
 
