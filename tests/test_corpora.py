@@ -259,9 +259,10 @@ def test_counts_of_other_classes_are_not_invented() -> None:
 
 @pytest.mark.parametrize("folder", [".", "wav"])
 def test_emodb(tmp_path: Path, folder: str) -> None:
-    for name in ("03a01Fa", "08b02Tb", "16a05Wc", "11a07Nd", "03a01La", "99a01Fa", "noise", "._03a01Fa"):
+    for name in ("03a01Fa", "08b02Tb", "16a05Wc", "03a01La", "99a01Fa", "noise", "._03a01Fa"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.wav").touch()
+    (tmp_path / folder / "11a07Nd.flac").touch()  # converted by whoever owns this copy
     found = read_corpus("emodb", tmp_path, FOUR)
     assert [(each.id, each.speaker, each.gender, each.session, each.emotion) for each in found.utterances] == [
         ("03a01Fa", "03", "male", "03", "happy"),

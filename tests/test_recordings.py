@@ -57,7 +57,7 @@ def test_windows_without_frames_and_gaps_between_windows_are_refused(window, hop
 
 
 def test_folders_are_searched_for_audio_and_files_are_taken_as_they_are(tmp_path):
-    names = ["b.WAV", "a.flac", "deep/er/c.ogg", "deep/d.aif", "notes.txt", "deep/e.raw"]
+    names = ["b.WAV", "a.flac", "deep/er/c.ogg", "deep/d.aif", "notes.txt", "deep/e.raw", "deep/._d.aif"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 
 from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE
+from gmp_atl.corpora.base import files
 from gmp_atl.errors import UserError
 
 _NO_AUDIO = {"mat4", "mat5", "raw", "wavex"}  # formats without a suffix of their own, or without a header
@@ -74,20 +75,21 @@ class Recording:
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are, and the audio files below folders in the order of their names; each once.
+    """Files as they are, and the audio files below folders, as `corpora.base.files` finds them; each once.
 
     Raises:
-        UserError: a path does not exist, or a folder has no file with a suffix of libsndfile's formats.
+        UserError: a path does not exist, or a folder cannot be read, or has no file with a suffix of libsndfile's
+            formats.
     """
     found: dict[Path, None] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist.")
         if path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-            if not files:
+            below = files(path, SUFFIXES)
+            if not below:
                 raise UserError(f"{path} holds no audio file ({', '.join(sorted(SUFFIXES))}); name the files.")
-            found |= dict.fromkeys(files)
+            found |= dict.fromkeys(below)
         else:
             found[path] = None
     return list(found)

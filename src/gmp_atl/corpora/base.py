@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -13,6 +13,8 @@ from gmp_atl.errors import UserError
 
 T = TypeVar("T")
 
+SUFFIXES = (".wav", ".flac", ".aif", ".aiff", ".ogg", ".mp3")
+"""Of the formats that are read, for releases that somebody may have converted."""
 NO_LABEL = "audio without a label"
 NO_AUDIO = "label without audio"
 
@@ -107,18 +109,27 @@ def by_id(found: Iterable[Found[T]]) -> dict[str, T]:
 
 
 def audio_files(root: Path, *suffixes: str) -> Iterator[Found[Path]]:
-    """Files below `root` with one of the suffixes, by stem; hidden ones (macOS leaves `._*`) are none.
-
-    Links to folders are followed, and every folder is entered once, so that a loop of links ends.
+    """What `files` finds below `root` with one of the suffixes, by stem.
 
     Raises:
         UserError: a folder cannot be read, or a name is not UTF-8.
     """
-    for path in sorted(_files(root, set())):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if not _is_utf8(relative := str(path.relative_to(root))):
-                raise UserError(f"{root}: the name {relative!r} is not UTF-8. Rename it, or restore the release.")
-            yield Found(path.stem, str(path), path)
+    for path in files(root, suffixes):
+        if not _is_utf8(relative := str(path.relative_to(root))):
+            raise UserError(f"{root}: the name {relative!r} is not UTF-8. Rename it, or restore the release.")
+        yield Found(path.stem, str(path), path)
+
+
+def files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files below `root` with one of the suffixes, in order; hidden ones (macOS leaves `._*`) are none.
+
+    Links to folders are followed, and every folder is entered once, so that a loop of links ends.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found = sorted(_files(root, set()))
+    return [path for path in found if path.suffix.lower() in suffixes and not path.name.startswith(".")]
 
 
 def _files(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from gmp_atl.corpora.base import Corpus, Utterance, audio_files, by_id, not_used, require_known
+from gmp_atl.corpora.base import SUFFIXES, Corpus, Utterance, audio_files, by_id, not_used, require_known
 
 NAME = "EmoDB"
 EMOTIONS = {
@@ -31,14 +31,14 @@ _NAME = re.compile(r"(?P<speaker>\d\d)[ab]\d\d(?P<emotion>[WLEAFTN])[a-z]")
 
 
 def read(root: Path, classes: Sequence[str]) -> Corpus:
-    """Read the WAV files anywhere below `root`.
+    """Read the audio files anywhere below `root`.
 
     Raises:
         UserError: a file occurs twice, or `classes` names an emotion that the corpus lacks.
     """
     require_known(classes, EMOTIONS.values(), NAME)
     corpus = Corpus(NAME, root, [], {})
-    for id, path in by_id(audio_files(root, ".wav")).items():
+    for id, path in by_id(audio_files(root, *SUFFIXES)).items():
         match = _NAME.fullmatch(id)
         if match is None or match["speaker"] not in GENDER_OF:
             corpus.excluded[id] = "file name is not EmoDB's"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmp_atl.corpora.base import Corpus, Utterance, audio_files, by_id, not_used, require_known
+from gmp_atl.corpora.base import SUFFIXES, Corpus, Utterance, audio_files, by_id, not_used, require_known
 
 NAME = "RAVDESS"
 EMOTIONS = {
@@ -29,14 +29,14 @@ _NAME = re.compile(
 
 
 def read(root: Path, classes: Sequence[str]) -> Corpus:
-    """Read the WAV files anywhere below `root`; song and video are listed as excluded.
+    """Read the audio files anywhere below `root`; song and video are listed as excluded.
 
     Raises:
         UserError: a file occurs twice, or `classes` names an emotion that the corpus lacks.
     """
     require_known(classes, EMOTIONS.values(), NAME)
     corpus = Corpus(NAME, root, [], {})
-    for id, path in by_id(audio_files(root, ".wav", ".mp4")).items():
+    for id, path in by_id(audio_files(root, *SUFFIXES, ".mp4")).items():
         match = _NAME.fullmatch(id)
         if match is None:
             corpus.excluded[id] = "file name is not RAVDESS's"
