@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import SETTINGS
+from snakemake.utils import update_config
 
 from gmp_atl import config
 from gmp_atl.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 CHANGEABLE = "keys of clustering, finetuning, head, multitask, retraining"
 
 
@@ -93,3 +97,20 @@ def test_no_more_than_twenty_problems_are_told_at_once() -> None:
     assert lines[1] == "  unknown0: Extra inputs are not permitted (found 0)"
     assert lines[21] == "  ... and 3 more"
     assert len(lines) == 23
+
+
+def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    corpus = {"reader": "emodb", "root": "~/emodb"}
+    assert config.parse({**SETTINGS, "corpus": corpus}).corpus.root == Path("/home/someone/emodb")
+    with pytest.raises(UserError, match=r"corpus\.root: .*home directory"):
+        config.parse({**SETTINGS, "corpus": {**corpus, "root": "~nobody-of-that-name/emodb"}})
+
+
+def test_of_two_presets_the_later_changes_what_it_names() -> None:
+    merged: dict[str, Any] = {}
+    for name in ("config.yaml", "presets/emodb.yaml", "presets/wavlm.yaml"):
+        update_config(merged, yaml.safe_load((ROOT / name).read_text(encoding="utf-8")))
+    found = config.parse(merged)
+    assert (found.name, found.corpus.reader) == ("iemocap-wavlm", "emodb")
+    assert (found.encoder.source, found.encoder.name) == ("hub", "microsoft/wavlm-base-plus")

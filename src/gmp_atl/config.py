@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from gmp_atl.errors import UserError
 
@@ -40,6 +40,17 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and Parquet hold
 
 
+def _at_home(path: Path) -> Path:
+    """`~` expanded, as shells do not where it stands between quotes."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+Place = Annotated[Path, AfterValidator(_at_home)]
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and closed to keys that it does not know."""
 
@@ -51,7 +62,7 @@ class CorpusConfig(Section):
 
     reader: Literal["iemocap", "emodb", "ravdess", "manifest", "synthetic"]
     """Layout of the release; `manifest` for a corpus of your own, `synthetic` for the demo's."""
-    root: Path | None = None
+    root: Place | None = None
     """Folder of the release, or, for `manifest`, the CSV or Parquet file. `synthetic` makes its own."""
     allow_partial: bool = False
     """Accept an IEMOCAP whose counts differ from the full release; every table then says so."""
@@ -109,7 +120,7 @@ class EncoderConfig(Section):
     """Commit of the hub repository; a branch would not be reproducible."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Of the weights file; needed where the revision holds only a PyTorch archive (converted once)."""
-    path: Path | None = None
+    path: Place | None = None
     """Folder with config.json and model.safetensors."""
     scratch: ScratchEncoderConfig = ScratchEncoderConfig()
     normalise_audio: bool = False
@@ -265,7 +276,7 @@ class IterationConfig(Section):
 class PretrainingConfig(Section):
     """An encoder of one's own, from random weights and speech without labels (docs/pretraining.md)."""
 
-    speech: Path
+    speech: Place
     """Manifest, CSV or Parquet; of its columns, only `path` is read."""
     attribution: list[str] = Field(min_length=1)
     """Sources and licences of the speech, for the model card."""
