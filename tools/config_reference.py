@@ -31,7 +31,8 @@ be; *Paper* is `config.yaml`. Numbers such as `[9]` in `config.yaml` are those o
 What an edit reruns is told in [workflow.md](workflow.md#what-an-edit-reruns). Layers are counted from the end: -1 is
 the last.
 
-In YAML write `1.0e-4`, not `1e-4`, which PyYAML reads as text, and quote ids such as `"03"`.
+In YAML, quote ids such as `"03"`; on the command line, put a space behind each colon. Of several files after one
+`--configfile`, the later change the earlier, `name` included.
 """
 WORDS = {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path", NoneType: "null"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

@@ -583,7 +583,7 @@ def _validated(settings: Mapping[str, Any], prefix: str = "") -> Config:
         raise UserError(
             "The config is not valid:\n"
             + "\n".join(lines)
-            + '\nEvery key is described in docs/config.md; in YAML write 1.0e-4, not 1e-4, and quote ids such as "03".'
+            + '\nEvery key is described in docs/config.md; in YAML, quote ids such as "03".'
         ) from None
 
 
