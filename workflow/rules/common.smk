@@ -30,7 +30,7 @@ pathvars:
 
 # Rules call the package by its source folder, so that it need not be installed in their environments.
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={quote(workflow.basedir + '/src')} "
+    f"set -euo pipefail; export PYTHONPATH={quote(f'{workflow.basedir}/src')} "
     f"GMP_ATL_CHECKPOINT_MINUTES={CONFIG.compute.checkpoint_minutes} "
     f"GMP_ATL_JOBS_PER_GPU={CONFIG.compute.jobs_per_gpu}; "
 )
