@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmp_atl import clips as clips_module
+from gmp_atl import formats
 from gmp_atl.audio import AudioError
 from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, random_crops, whole, within_budget
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, feature_rows, stream_features
+from gmp_atl.formats import LAYER_FEATURES, feature_groups, feature_rows, read_features, stream_features
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
@@ -200,3 +201,24 @@ def test_features_of_a_row_group_are_read_without_copies(tmp_path):
         np.testing.assert_array_equal(found, expected)
     starts = [clip.ctypes.data for clip in clips.values()]
     assert np.diff(starts).tolist() == [frames[0].nbytes, frames[2].nbytes]
+
+
+def test_clips_too_large_for_one_row_group_are_parted_and_none_is_lost(tmp_path, monkeypatch):
+    """A column of bytes holds less than 2 GiB, which a few dozen hours would pass."""
+    frames = [np.full((length, 4), length, np.float16) for length in (3, 0, 20, 5, 2, 4)]
+    ids = [f"clip{number}" for number in range(len(frames))]
+    monkeypatch.setattr(formats, "_LARGEST_GROUP", 8 * 8)
+    groups = list(feature_groups(ids, frames))
+    assert [group["id"].to_pylist() for group in groups] == [
+        ["clip0", "clip1"],
+        ["clip2"],
+        ["clip3", "clip4"],
+        ["clip5"],
+    ]
+    with LAYER_FEATURES.writer(tmp_path / "f", dimensions=4, layer=-1, encoder="", fitted_on=[]) as append:
+        for group in groups:
+            append(group)
+    found = read_features(LAYER_FEATURES, tmp_path / "f", ids)[0]
+    for utterance, expected in zip(ids, frames, strict=True):
+        np.testing.assert_array_equal(found[utterance], expected)
+    assert not list(feature_groups([], []))

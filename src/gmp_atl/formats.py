@@ -37,6 +37,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on damaged files; ValueError where a name or text is not UTF-8."""
 _READ_AT_ONCE = 2**20
 """Bytes: a column is decoded as it is read, and not held twice."""
+_LARGEST_GROUP = 2**28
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 """A disk that is full, or that may not be written to."""
 
@@ -479,6 +480,18 @@ def feature_rows(ids: list[str], frames: list[np.ndarray]) -> pa.RecordBatch:
     binary = pa.Array.from_buffers(pa.binary(), len(frames), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
     lengths = pa.array([len(each) for each in frames], pa.int32())
     return pa.RecordBatch.from_arrays([pa.array(ids, pa.string()), lengths, binary], schema=LOCAL_FEATURES.schema)
+
+
+def feature_groups(ids: list[str], frames: list[np.ndarray]) -> Iterator[pa.RecordBatch]:
+    """As `feature_rows`, in row groups of 256 MiB at most, or of one clip: a column of bytes holds less than 2 GiB."""
+    first, held = 0, 0
+    for position, clip in enumerate(frames):
+        if position > first and held + 2 * clip.size > _LARGEST_GROUP:
+            yield feature_rows(ids[first:position], frames[first:position])
+            first, held = position, 0
+        held += 2 * clip.size
+    if ids:
+        yield feature_rows(ids[first:], frames[first:])
 
 
 def read_features(kind: Format, path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

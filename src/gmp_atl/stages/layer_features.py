@@ -17,7 +17,7 @@ from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_rows
+from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_groups
 from gmp_atl.progress import Meter
 
 _States = dict[int, list[np.ndarray]]
@@ -67,7 +67,8 @@ def layer_features(
 
 
 def _write(append: Callable[[pa.RecordBatch], None], ids: list[str], frames: list[np.ndarray]) -> None:
-    append(feature_rows(ids, frames))
+    for group in feature_groups(ids, frames):
+        append(group)
 
 
 @torch.inference_mode()
