@@ -41,6 +41,19 @@ def clips(spoken) -> dict[str, np.ndarray]:
     return {path.stem: audio.load(path) for path in sorted(spoken.audio.glob("S1*"))}
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_model_runs_in_any_precision(spoken, exported, dtype, gradients):
+    samples = torch.from_numpy(next(iter(clips(spoken).values())))[None]
+    with torch.set_grad_enabled(gradients):
+        expected, found = (
+            AutoModelForAudioClassification.from_pretrained(exported, dtype=each)(samples.to(each)).logits
+            for each in (torch.float32, dtype)
+        )
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
+
+
 def test_scores_of_the_pipeline_are_those_of_evaluation(spoken, exported):
     classify = pipeline("audio-classification", model=str(exported), device="cpu")
     samples = clips(spoken)

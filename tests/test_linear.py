@@ -33,6 +33,13 @@ def test_rows_may_overlap():
     torch.testing.assert_close(linear(windows, weight, None), windows.clone() @ weight.T)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_precisions_are_left_to_torch(dtype):
+    x, layer = torch.randn(3, 6, dtype=dtype), Linear(6, 4).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gradients_are_torchs(gelu):
     layer, x = Linear(6, 4, gelu=gelu), torch.randn(3, 6, requires_grad=True)
@@ -51,5 +58,7 @@ def test_in_bfloat16_only_the_result_is_rounded(held):
     expected = layer(x.float())
     with torch.autocast("cpu", enabled=not held):
         found = (layer.bfloat16() if held else layer)(x)
+        whole = layer.float()(x.float())
     assert found.dtype is torch.bfloat16
+    assert whole.dtype is (torch.float32 if held else torch.bfloat16)
     torch.testing.assert_close(found.float(), expected, atol=2**-7 * float(expected.abs().max()), rtol=0)

@@ -74,9 +74,12 @@ class UtteranceHead(nn.Module):
         )
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """(batch, frames, width) and valid frames (batch,), on the CPU, to (batch, classes) per task, in float32."""
+        """(batch, frames, width) and valid frames (batch,), on the CPU, to (batch, classes) per task.
+
+        In the precision of its weights: float32 in every stage, another where an exported model is loaded in it.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            states = self.lstm(hidden.float(), lengths)
+            states = self.lstm(hidden.to(next(self.lstm.parameters()).dtype), lengths)
             padding = (torch.arange(states.shape[1]) >= lengths[:, None]).to(states.device)
             pooled = states.masked_fill(padding[..., None], 0.0).sum(dim=1) / lengths[:, None].to(states)
             return {task: projection(pooled) for task, projection in self.tasks.items()}

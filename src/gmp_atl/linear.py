@@ -41,4 +41,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # nowhere else has it been tried
         return False
-    return x.dtype is weight.dtype and (x.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return x.dtype is weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
