@@ -322,12 +322,21 @@ def test_packed_clips_hold_the_valid_frames_and_come_back_in_their_places(length
     packing = Packing.of(torch.tensor(lengths), torch.device("cpu"))
     padded = torch.arange(1.0, 1 + len(lengths) * max(lengths) * 2).view(len(lengths), max(lengths), 2)
     packed = packing.pack(padded)
+    assert packing.starts.dtype is torch.int32  # as FlashAttention takes them
     ends = packing.starts.tolist()
     for clip, (start, end) in enumerate(pairwise(ends)):
         assert torch.equal(packed[start:end], padded[clip, : lengths[clip]])
     assert ends[-1] == len(packed) == sum(lengths)
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     assert torch.equal(packing.unpack(packed), padded * valid[..., None])
+
+
+def test_filters_of_positions_that_were_transformed_before_are_trained_all_the_same(reference):
+    positions = model_files.load(reference.folder)[0].encoder.pos_conv_embed
+    positions.arrange()
+    hidden = torch.randn(4, 20, positions.conv.in_channels)
+    positions(hidden).sum().backward()
+    assert positions.conv.parametrizations.weight.original1.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("lengths", [[30, 30], [30, 11]], ids=["full", "padded"])

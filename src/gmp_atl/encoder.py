@@ -216,7 +216,8 @@ class Encoder(nn.Module):
         if device.type == "cpu":
             return not self.training  # training gains nothing by it there
         width = self.architecture.hidden_size // self.architecture.num_attention_heads
-        return held is not torch.float32 and width % 8 == 0 and devices.attends_to_packed(device)
+        takes = width % 8 == 0 and width <= 256  # FlashAttention does
+        return held is not torch.float32 and takes and devices.attends_to_packed(device)
 
     def depths(self, layers: Iterable[int]) -> dict[int, int]:
         """How many transformer layers must run for each layer asked for."""
@@ -494,7 +495,7 @@ class PositionEmbedding(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             blocks = F.pad(rows.float(), (0, -frames % length)).reshape(*rows.shape[:2], -1, length)
             spectra = torch.fft.rfft(blocks, 2 * length).unflatten(1, (self.groups, -1))
-            filters = self._spectra() if self.spectra is None else self.spectra
+            filters = self._spectra() if self.spectra is None or torch.is_grad_enabled() else self.spectra
             products = torch.einsum("bgirf,gfio->bgorf", spectra, filters)
             here, before = torch.fft.irfft(products, 2 * length).flatten(1, 2).split(length, dim=-1)
             # From `length` frames before the first one on; the convolution pads by half of that.
