@@ -183,18 +183,23 @@ def test_clips_one_by_one_make_the_same_update_as_one_batch(run, clip):
 
 def test_an_update_is_adam_on_the_mean_loss_with_its_gradient_clipped(run):
     optimisation = {"batch_size": N_CLIPS, "gradient_clip": 0.05, "max_clip_seconds": 100.0}
-    trained = run(optimisation=optimisation, epochs=1)
+    updates = 4  # the first is the same for any betas
+    trained = run(optimisation=optimisation, epochs=updates)
     clips, reference = trained.trainer.clips, copy.deepcopy(trained.model)
     trained.finished()
 
     longest_first = sorted(range(N_CLIPS), key=lambda index: (clips.lengths[index], index), reverse=True)
     pooled = torch.stack([torch.from_numpy(clips.local[index]).float().mean(dim=0) for index in longest_first])
-    noise = torch.rand(N_CLIPS, 1, generator=Key(0, 1, "stage").generator("objective", 0))
-    logits = reference.output(reference.linear(reference.frozen(pooled)).tanh()) + 0.1 * noise
-    optimiser = torch.optim.Adam(reference.parameters(), lr=0.01)
-    F.cross_entropy(logits, LABELS[longest_first]).backward()
-    assert nn.utils.clip_grad_norm_(reference.parameters(), 0.05) > 0.05
-    optimiser.step()
+    optimiser = torch.optim.Adam(reference.parameters())
+    for update in range(updates):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(trained.trainer.config, update, updates)
+        noise = torch.rand(N_CLIPS, 1, generator=Key(0, 1, "stage").generator("objective", update))
+        logits = reference.output(reference.linear(reference.frozen(pooled)).tanh()) + 0.1 * noise
+        optimiser.zero_grad()
+        F.cross_entropy(logits, LABELS[longest_first]).backward()
+        assert nn.utils.clip_grad_norm_(reference.parameters(), 0.05) > 0.05
+        optimiser.step()
     for name, expected in reference.state_dict().items():
         torch.testing.assert_close(trained.weights[name], expected, atol=1e-6, rtol=1e-5)
 
@@ -330,6 +335,20 @@ def test_in_bfloat16_gradients_are_those_of_float32_and_weights_stay_in_it(train
         if expected is not None and expected.norm() > 1e-3:
             assert found.dtype is torch.float32
             assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98, name
+
+
+def test_every_update_in_bfloat16_is_of_the_weights_as_they_are_then(trained_in):
+    held: list[torch.Tensor] = []
+
+    def watch(model: Reader) -> None:
+        held.append(model.encoder.encoder.layers[0].attention.q_proj.weight.detach().clone())
+
+    trainer, before = trained_in("bfloat16", 100.0, watch), []
+    for _ in range(3):
+        before.append(trainer.model.encoder.encoder.layers[0].attention.q_proj.weight.detach().bfloat16())
+        trainer._update()
+    assert all(torch.equal(*pair) for pair in zip(held, before, strict=True))
+    assert not torch.equal(before[0], before[2])
 
 
 def test_an_update_that_breaks_off_leaves_the_weights_as_they_were(trained_in):
