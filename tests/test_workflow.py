@@ -348,8 +348,10 @@ def test_readings_2_and_12_choose_what_a_stage_starts_from(
 ) -> None:
     run = snakemake(tmp_path, "--dry-run", "--printshellcmds", config=overlaid(change))
     commands = [line for line in run.stdout.splitlines() if f"gmp_atl {rule} " in line and "/fold1/" in line]
-    assert commands
-    assert all(encoder in command for command in commands)
+    without_gmps = [command for command in commands if "/gmpsnone/" in command]
+    assert len(commands) > len(without_gmps) == (2 if rule == "finetuning" else 0)
+    assert all(encoder in command for command in {*commands} - {*without_gmps})
+    assert all("/pretrained " in each and "--multitask-head none " in each for each in without_gmps)
 
 
 def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ def start_of_finetuning(wildcards):
 
 
 def head_of_stage_1(wildcards):
-    """Only for the reading finetuning.head: multitask."""
-    if variant(wildcards.variant).finetuning.head == "fresh":
+    """Only for the reading finetuning.head: multitask; rows without GMPs leave stage 1 out."""
+    if wildcards.gmps == "none" or variant(wildcards.variant).finetuning.head == "fresh":
         return []
     return made_by("multitask", rules.multitask.output.head, wildcards)
 
