@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from test_tables import Run, config, fill
@@ -180,6 +181,16 @@ def test_curves_are_of_the_trainings_that_records_lead_to(run: Run) -> None:
     assert "n=2 jobs" in words(figure)
     assert len(lines(loss)) == 1
     assert "learning rate" not in words(figure)
+
+
+def test_validation_is_drawn_in_percent_as_it_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"loss": 1.0, "emotion_accuracy": 0.7, "validation_uar": 75.0, "validation_war": 60.0}
+    rows = [(update, update / 2, name, value) for name, value in kept.items() for update in (0, 1)]
+    history = pd.DataFrame(rows, columns=["update", "epoch", "quantity", "value"])
+    monkeypatch.setattr(Evaluations, "histories", lambda *_: {"finetuning": [history]})
+    _, accuracy = plots.training(loaded(run)).axes
+    assert sorted(values[0] for _, values in lines(accuracy)) == pytest.approx([60, 70, 75])
+    assert accuracy.get_ylabel() == "accuracy, UAR, WAR (%)"
 
 
 def test_clusters_are_those_of_the_table(run: Run) -> None:

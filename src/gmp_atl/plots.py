@@ -158,9 +158,12 @@ def training(run: Evaluations) -> Figure:
         for axes, kind in zip(row, ("loss", "accuracy"), strict=True):
             percent = kind == "accuracy"
             drawn = [name for name in names if ("loss" in name) != percent]
+            validated = [name for name in drawn if name.startswith("validation_")]  # UAR and WAR, in percent
             for style, name in zip(cycle(STYLES), drawn, strict=False):
-                curve(axes, history[history["quantity"] == name], _words(name), style, 100 if percent else 1)
-            axes.set(xlabel="update", ylabel="training accuracy (%)" if percent else "loss (nats)")
+                factor = 100 if percent and name not in validated else 1
+                curve(axes, history[history["quantity"] == name], _words(name), style, factor)
+            measured = "accuracy, UAR, WAR (%)" if validated else "training accuracy (%)"
+            axes.set(xlabel="update", ylabel=measured if percent else "loss (nats)")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
         row[0].set_title(f"{_STAGES[stage]}; n={len(found[stage])} jobs", fontsize=9, loc="left")
