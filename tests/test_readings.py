@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import HubertConfig
+from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
 from gmp_atl import classifier, clips, training
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
-from gmp_atl.config import HeadConfig, RetrainingConfig
+from gmp_atl.config import HeadConfig, RetrainingConfig, SpecAugmentConfig
 from gmp_atl.formats import LAYER_FEATURES, PREDICTIONS, PSEUDO_LABELS
 from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
 from gmp_atl.model_files import load_tensors
@@ -358,6 +360,14 @@ def test_15_frames_are_masked_in_classification_only_where_the_reading_says_so(s
     changes = {f"{stage}.spec_augment.probability": probability, f"{stage}.spec_augment.length": 5}
     names = changed(start, getattr(stages, stage)(changes).weights)
     assert ("masked_spec_embed" in names) == (probability > 0)
+
+
+def test_15_a_clip_has_two_spans_at_least_as_in_transformers():
+    clips, random = 2000, torch.Generator().manual_seed(0)
+    batch = Batch([*range(clips)], torch.empty(0), torch.empty(0), torch.full((clips,), 50))
+    drawn = classifier.spec_augment(batch, SpecAugmentConfig(probability=0.05, length=10), random)
+    theirs = _compute_mask_indices((clips, 50), 0.05, 10, min_masks=HubertConfig().mask_time_min_masks)
+    assert drawn.float().mean() == pytest.approx(theirs.mean(), abs=0.01)
 
 
 def test_15_testing_masks_nothing(stages, monkeypatch):

@@ -101,10 +101,11 @@ def load(folder: Path) -> tuple[Classifier, Description]:
 
 
 def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor | None:
-    """Frames to mask while a classifier is trained, or None where that is off."""
+    """Frames to mask while a classifier is trained, two spans a clip at least, as in transformers; None if off."""
     if config.probability == 0:
         return None
-    return span_mask(batch.lengths, config.probability, config.length, generator).to(batch.local.device)
+    mask = span_mask(batch.lengths, config.probability, config.length, generator, min_spans=2)
+    return devices.send(mask, batch.local.device)
 
 
 def class_weights(labels: Tensor, classes: list[str], kind: str) -> Tensor:
