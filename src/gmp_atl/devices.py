@@ -41,7 +41,7 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, compute: torch.dtype) -> AbstractContextManager[object]:
-    """Matrix products in `compute`; weights, sums and losses stay in float32."""
+    """Matrix products in `compute`; weights that layers hold, and losses, stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16)
 
 
