@@ -242,6 +242,22 @@ def test_history_tells_loss_and_accuracy_of_every_codebook(made):
     assert {"loss", "masked_loss_4", "masked_accuracy_4", "masked_loss_8"} <= {row["quantity"] for row in rows}
 
 
+def test_masks_are_drawn_as_the_config_says(made, tmp_path, monkeypatch):
+    asked = []
+
+    def draw(*drawn: Any, min_spans: int) -> None:
+        asked.append((*drawn[1:3], min_spans))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gmp_atl.stages.pretraining.span_mask", draw)
+    config = made.config("pretraining", 1)
+    mask = {"mask": configs.MaskConfig(probability=0.3, length=4, min_spans=3)}
+    changed = config.model_copy(update={"pretraining": config.pretraining.model_copy(update=mask)})
+    with pytest.raises(KeyboardInterrupt):
+        made.train(1, into=tmp_path, config=changed)
+    assert asked == [(0.3, 4, 3)]
+
+
 def test_a_stopped_iteration_ends_with_the_same_encoders(made, tmp_path, monkeypatch):
     """Snakemake removes the output of a stopped job; what was kept on the way must not be lost with it."""
     monkeypatch.setattr(training, "CHECKPOINT_MINUTES", 0.0)

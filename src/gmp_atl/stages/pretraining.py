@@ -75,7 +75,8 @@ def pretraining(
         frames = int(batch.lengths.min()) - 1
         samples = mixed(batch.local[:, : frames + 1].flatten(1), settings.mixing, generator)
         lengths = torch.full((len(samples),), frames)
-        mask = span_mask(lengths, settings.mask.probability, settings.mask.length, generator)
+        spans = settings.mask
+        mask = span_mask(lengths, spans.probability, spans.length, generator, min_spans=spans.min_spans)
         targets = {size: of_rows[batch.rows[:, :frames]] for size, of_rows in labels.items()}
         local = encoder.feature_extractor.together(samples, torch.full_like(samples[:, 0], samples.shape[1]))
         return masked_prediction(model, local, lengths, mask, targets, 0.0)
@@ -85,7 +86,7 @@ def pretraining(
         identity = f"{name}, iteration {number}, update {folder.name}, sha256 {model_files.digest(encoder)[:12]}"
         model_files.save(encoder, folder, encoder=identity, fitted_on=split.ids)
 
-    # Not in the output yet, which Snakemake removes when a job is stopped, though it goes on from the checkpoint.
+    # Outside the output, which Snakemake removes when a job is stopped, while training goes on from its checkpoint.
     kept = checkpoint.with_suffix(".kept")
     inputs = [utterances, *pseudo_labels, *([previous / "model.safetensors"] if previous else [])]
     trainer = Trainer(
