@@ -27,7 +27,7 @@ MIN_RATE = 4000
 MAX_SECONDS = 3600
 """Beyond any utterance: a small compressed file can decode to more than a machine holds."""
 DECODERS = min(16, os.cpu_count() or 1)
-"""Threads that decode side by side, which releases the interpreter's lock."""
+"""Threads that decode side by side; libsndfile runs without the interpreter's lock."""
 FULL_SCALE = 0.99
 """From here on a sample counts as clipped: 8-bit audio ends at 127/128."""
 

@@ -107,7 +107,7 @@ class Clips:
         """Where in `frames` each clip begins, (clips,)."""
         nothing = np.zeros((1, local[0].shape[1]), np.float16)
         self.frames = torch.from_numpy(np.concatenate([*local, nothing]))
-        """Of all clips, (frames, dimensions) in float16; a row of zeros, last, is what padding is made of."""
+        """Of all clips, (frames, dimensions) in float16; the last row is zero, which index -1, of padding, selects."""
 
     @property
     def local(self) -> list[np.ndarray]:

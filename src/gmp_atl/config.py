@@ -169,7 +169,7 @@ class SpecAugmentConfig(Section):
     """Feature masking while a classifier is trained; distinct from retraining's masked prediction."""
 
     probability: Fraction = 0.0
-    """probability x frames / length spans are masked; 0 turns it off."""
+    """A clip has probability x frames / length masked spans, and two at least; 0 turns masking off."""
     length: Count = 10
     """Frames of a span, at 50 per second."""
 
@@ -178,7 +178,7 @@ class OptimisationConfig(Section):
     """Adam and its schedule (paper, Sec. 4.1.2)."""
 
     learning_rate: Positive = 1e-4
-    """Highest of the schedule; reached at the end of the warm-up."""
+    """Peak of the schedule, reached at the end of the warm-up."""
     batch_size: Count = 64
     """Utterances per update, whatever fits on the device at once: gradients are accumulated."""
     schedule: Literal["linear", "constant"] = "linear"
@@ -207,7 +207,7 @@ class MultitaskConfig(Section):
     epochs: Count = 15
     """Passes over the training utterances."""
     class_weights: Literal["none", "inverse_frequency"] = "none"
-    """Of the emotions in the loss."""
+    """Weighting of the emotions in the loss."""
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
     optimisation: OptimisationConfig = OptimisationConfig(warmup=0.1)
 
@@ -283,7 +283,7 @@ class PretrainingConfig(Section):
     speeds: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(default=[1.0], min_length=1)
     """At which each clip is heard, tempo and pitch together: 1.0 is as recorded."""
     mixing: Fraction = 0.0
-    """Share of the clips that are heard with another over up to half of them; labels stay those of the clip alone."""
+    """Share of the clips that are mixed with another over at most half their length; labels stay those of the clip."""
     iterations: list[IterationConfig] = Field(min_length=1)
     """The first on MFCCs."""
     probes: list[Count] = []
@@ -322,7 +322,7 @@ class FinetuningConfig(Section):
     """Which epoch is tested: the last; the best on one group of the training folds, which is then not
     trained on; or the best on the test fold, which every table calls an oracle."""
     class_weights: Literal["none", "inverse_frequency"] = "none"
-    """Of the emotions in the loss."""
+    """Weighting of the emotions in the loss."""
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
     optimisation: OptimisationConfig = OptimisationConfig(schedule="constant")
 
@@ -337,7 +337,7 @@ class TablesConfig(Section):
     layers: list[Layer] = Field(default=[-1, -2, -3, -4, -5, -6, -7, -8], min_length=1)
     """Of the GMPs in Table 4."""
     ablation_losses: list[Literal["ce", "ams"]] = Field(default=["ams"], min_length=1)
-    """That each ablation, and the main row beside it, is fine-tuned with."""
+    """Losses that each ablation, and the main row beside it, is fine-tuned with."""
     baseline: Literal["egemaps", "none"] = "egemaps"
     """Classical reference in Table 2: openSMILE functionals and an SVM; openSMILE is for research use."""
 

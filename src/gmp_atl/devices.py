@@ -52,12 +52,12 @@ def attends_to_packed(device: torch.device) -> bool:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; a GPU is not waited for, as it would be if the copy left from ordinary memory."""
+    """Copy to the device; to a GPU from pinned memory, so that nothing waits for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def fetch(values: Tensor) -> Callable[[], list[float]]:
-    """What gives the values when they are needed; only then is the device waited for, and not for what came later."""
+    """Begin to copy values to the CPU; the function returned waits for that copy, not for later work."""
     if values.device.type != "cuda":
         return values.tolist
     received = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

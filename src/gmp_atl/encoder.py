@@ -60,7 +60,7 @@ _POSITIONS = {"num_buckets", "max_bucket_distance"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """What of a HuBERT `config.json` shapes the network."""
+    """The settings of a HuBERT's `config.json` that determine the network."""
 
     hidden_size: Size
     num_hidden_layers: Size
@@ -155,7 +155,7 @@ class Encoder(nn.Module):
         self.feature_extractor.requires_grad_(False)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the weights in `dtype` from now on, for passes without gradients; convolutions as `arrange` says."""
+        """Convert the weights to `dtype`, for inference alone; for the convolutions see `arrange`."""
         self.feature_extractor.arrange(dtype)
         self.encoder.pos_conv_embed.arrange()
         for parameter in self.of_transformer():
@@ -271,18 +271,18 @@ class Packing:
 
 
 Padding = Tensor | Packing | None
-"""How attention leaves the padding out: frames to attend to, (clips, 1, 1, frames) of bool, or packed clips; None where
-there is none."""
+"""How attention ignores padding: a mask of the valid frames, (clips, 1, 1, frames) of bool; packed clips; or None if no
+clip is padded."""
 
 
 class Convolutions(nn.Module):
     """Seven convolutions from waveform to 50 frames per second, each followed by GELU.
 
-    They are computed over rows of frames, in float32 as matrix products, a stretch of the clip at a time, so that what
-    passes from one to the next stays in the processor's cache (docs/speed.md). For that, base's normalisation over time
-    is folded into the first filters: over the clip, the output of a filter w has mean w·m and variance w·C·w, m and C
-    being mean and covariance of the windows of 10 samples that it sees. Beyond that no frame depends on any outside its
-    receptive field.
+    Activations are laid out as (frames, channels); in float32 each convolution is a matrix product. A clip is computed
+    64 frames at a time, so that activations stay in the processor's cache (docs/speed.md). For that, base's
+    normalisation over time is folded into the first filters: over the clip, the output of a filter w has mean w·m and
+    variance w·C·w, where m and C are mean and covariance of the windows of 10 samples that it sees. After that no frame
+    depends on any sample outside its receptive field.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -478,8 +478,9 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.transpose(1, 2)
-        # A Fourier transform takes a fraction of the time (docs/speed.md). Of wide groups, the filters take longest, so
-        # that on a CPU it does not pay for a few clips in training; of narrow ones it has not been tried on a GPU.
+        # A Fourier transform takes a fraction of the time (docs/speed.md). With wide groups, transforming the filters
+        # takes most of it, which on a CPU does not pay for a few clips in training. Narrow groups have not been tried
+        # on a GPU.
         on_cpu = self.narrow or self.spectra is not None or len(rows) > 3
         pays = on_cpu if rows.device.type == "cpu" else not self.narrow
         has_complex_numbers = not torch.onnx.is_in_onnx_export()

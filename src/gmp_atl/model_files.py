@@ -77,7 +77,7 @@ def load_architecture(folder: Path, regularisation: Regularisation | None = None
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves weights as memory happens to be: to draw those of base takes as long as to read them."""
+    """Skips drawing initial weights, which for HuBERT base takes as long as reading them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What a long stage says of how far it is, for its log, from which the progress display takes it."""
+"""Lines on the progress of a long stage, for its log; the progress display reads them from there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Meter:
 
     @property
     def _left(self) -> float:
-        """Of the work, over what is done."""
+        """Remaining work, divided by finished work."""
         return (self.total - self.done) / self.done
 
 

@@ -60,8 +60,8 @@ class Evidence:
     interval: Interval | None
     """Over folds; None with fewer than two."""
     seeds: float | None
-    """With which the interval would leave out the margin, if mean and variances stayed as they are; infinite where
-    the folds differ too much for any number of seeds; None where one seed cannot tell."""
+    """Seeds needed for the interval to exclude the margin, if mean and variances stayed the same; infinite where the
+    folds differ too much for any number; None where one seed cannot tell."""
 
 
 def summarise(grid: pd.DataFrame) -> Summary:

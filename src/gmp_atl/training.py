@@ -143,7 +143,7 @@ class Trainer:
         validate: Validation | None = None,
         after: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
-        """Whoever trains says for how long, and what a checkpoint belongs to.
+        """The caller says for how long to train, and which fingerprint a checkpoint must match.
 
         Args:
             fingerprint: ties the checkpoint to its inputs and code.
@@ -314,7 +314,7 @@ class Trainer:
         return self._order[1][position]
 
     def _measure(self, parts: list[Terms], count: int, norm: Tensor, rate: float, ids: list[str]) -> Unsettled:
-        """What the history gets of this update. A GPU still computes it, and is not waited for."""
+        """The figures of this update for the history, without waiting for a GPU that still computes them."""
         sums: dict[str, Tensor] = {"loss": torch.stack([part.loss for part in parts]).sum() / count}
         for name in parts[0].quantities:
             total = torch.stack([part.quantities[name][0].detach().float() for part in parts]).sum()

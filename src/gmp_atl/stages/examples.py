@@ -102,7 +102,7 @@ def examples(
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Coordinates of points (n, dimensions) on their first two principal components, and the variance each explains.
 
-    Of either sign of a component, that with the larger coordinate of largest size; (n, 2), in the units of the points.
+    The sign of a component is such that its coordinate of largest magnitude is positive; (n, 2), in the points' units.
     """
     centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
     left, lengths, _ = np.linalg.svd(centred, full_matrices=False)
