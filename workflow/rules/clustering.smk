@@ -23,7 +23,7 @@ rule layer_features:
     params:
         config=settings("layer_features"),
         encoder=subpath(input.encoder, parent=True),
-        layers=GMPS,
+        layers=lambda wildcards, output: [Path(path).stem for path in output.layers],
         code=code_hash("layer_features"),
     shell:
         "python -m gmp_atl layer_features --config {params.config:q} --threads {threads} --gpus {resources.gpu}"
