@@ -1,7 +1,7 @@
 # GMP-ATL, fold by fold, from audio to tables. See README.md and config.yaml.
 from snakemake.utils import min_version
 
-min_version("9.0")
+min_version("9.14")
 
 
 configfile: "config.yaml"

@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from test_corpora import write_audio, write_manifest
 
 from gmp_atl import provenance
 from gmp_atl.stages.archive import restore
@@ -214,6 +215,26 @@ def test_a_finished_run_is_not_lost_to_a_root_that_does_not_exist(finished: Path
         run.stdout + run.stderr
     ).replace("\n", " ")
     assert {path: path.read_bytes() for path in folder.glob("results/*/corpus/*")} == before
+
+
+def test_an_edited_manifest_is_read_anew_and_an_absent_one_changes_nothing(tmp_path: Path) -> None:
+    clips = [
+        {"path": f"{speaker}_{emotion}.wav", "speaker": speaker, "gender": "f", "emotion": emotion}
+        for speaker in ("a", "b")
+        for emotion in ("angry", "happy", "neutral", "sad")
+    ]
+    for clip in clips:
+        write_audio(tmp_path / "own" / clip["path"])
+    manifest = write_manifest(tmp_path / "own/manifest.csv", clips)
+    folds = {"by": "speaker", "held_out": [["a"], ["b"]]}
+    settings = overlaid({"corpus": {"reader": "manifest", "root": "own/manifest.csv"}, "folds": folds})
+    run = snakemake(tmp_path, "corpus", config=settings)
+    assert run.returncode == 0, run.stderr
+    assert plan(tmp_path, "corpus", config=settings) == Counter()
+    write_manifest(manifest, [*clips[1:], {**clips[0], "emotion": "sad"}])
+    assert plan(tmp_path, "corpus", config=settings) == Counter(corpus=1)
+    manifest.unlink()
+    assert plan(tmp_path, "corpus", config=settings) == Counter()
 
 
 def test_unknown_and_mistyped_keys_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 import json
 import sys
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from shlex import quote
 
@@ -29,8 +30,9 @@ pathvars:
 
 
 # Rules call the package by its source folder, so that it need not be installed in their environments.
+SOURCE = quote(f"{workflow.basedir}/src").replace("{", "{{").replace("}", "}}")  # what Snakemake formats
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={quote(f'{workflow.basedir}/src')} "
+    f"set -euo pipefail; export PYTHONPATH={SOURCE} "
     f"GMP_ATL_CHECKPOINT_MINUTES={CONFIG.compute.checkpoint_minutes} "
     f"GMP_ATL_JOBS_PER_GPU={CONFIG.compute.jobs_per_gpu}; "
 )
@@ -79,20 +81,26 @@ CORPUS_ROOT = f"results/{CONFIG.name}/release" if CONFIG.corpus.reader == "synth
 AUDIO_ROOT = str(Path(CORPUS_ROOT).parent) if CONFIG.corpus.reader == "manifest" else CORPUS_ROOT
 EVALUATIONS = Path(f"results/{CONFIG.name}/evaluations")
 
+# Where the corpus lies and, of a manifest, a digest of what it says: other ones have the corpus read anew.
+RELEASE = [CORPUS_ROOT]
 READ_FROM = Path(f"results/{CONFIG.name}/corpus/root.txt")
 
+if CONFIG.corpus.reader == "manifest" and Path(CORPUS_ROOT).is_file():
+    RELEASE.append(sha256(Path(CORPUS_ROOT).read_bytes()).hexdigest()[:16])
 if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists():
     from gmp_atl.corpora import missing_release
 
     if not EVALUATIONS.exists():
         raise WorkflowError(missing_release(CONFIG.corpus.reader, CORPUS_ROOT))
-    # Another root would have the corpus read anew, which fails and takes what a finished run is built on.
-    if READ_FROM.exists() and (read_from := READ_FROM.read_text(encoding="utf-8").rstrip("\n")) != CORPUS_ROOT:
-        raise WorkflowError(
-            f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {read_from}. Give that as "
-            "corpus.root, as that run did (with make: CONFIG=...), or another name than "
-            f"{CONFIG.name} for a run of its own."
-        )
+    if READ_FROM.exists():
+        RELEASE = READ_FROM.read_text(encoding="utf-8").splitlines()
+        # To read it anew would fail, and take what a finished run is built on.
+        if RELEASE[0] != CORPUS_ROOT:
+            raise WorkflowError(
+                f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {RELEASE[0]}. Give "
+                "that as corpus.root, as that run did (with make: CONFIG=...), or another name than "
+                f"{CONFIG.name} for a run of its own."
+            )
 
 SEEDS = CONFIG.seeds
 FOLDS = range(1, len(CONFIG.folds.held_out) + 1)

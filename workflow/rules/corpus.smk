@@ -30,8 +30,9 @@ rule corpus:
     params:
         config=settings("corpus"),
         root=lambda _: CORPUS_ROOT,
+        release=lambda _: RELEASE,
         code=code_hash("corpus"),
     shell:
         "python -m gmp_atl corpus --config {params.config:q} --root {params.root:q} --threads {threads}"
         " --utterances {output.utterances} --excluded {output.excluded} --summary {output.summary}"
-        " --provenance {output.provenance} 2> {log}; echo {params.root:q} > {output.root}"
+        " --provenance {output.provenance} 2> {log}; printf '%s\\n' {params.release:q} > {output.root}"
