@@ -30,9 +30,8 @@ pathvars:
 
 
 # Rules call the package by its source folder, so that it need not be installed in their environments.
-SOURCE = quote(f"{workflow.basedir}/src").replace("{", "{{").replace("}", "}}")  # what Snakemake formats
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={SOURCE} "
+    f"set -euo pipefail; export PYTHONPATH={quote(f'{workflow.basedir}/src')} "
     f"GMP_ATL_CHECKPOINT_MINUTES={CONFIG.compute.checkpoint_minutes} "
     f"GMP_ATL_JOBS_PER_GPU={CONFIG.compute.jobs_per_gpu}; "
 )
