@@ -428,6 +428,14 @@ def test_tables_of_an_earlier_config_are_not_left_among_those_of_this_one(tmp_pa
     assert not left & {"ablations", "table4"}
 
 
+def test_a_table_without_rows_says_so():
+    table = rendering.Table("nothing", "Of nothing", [], footer=["as it was"])
+    assert table.csv() == "# Of nothing\n# as it was\n"
+    assert "| no rows |" in table.markdown()
+    assert "<thead><tr><th>no rows</th></tr></thead>" in table.html()
+    assert "\\begin{tabular}{l}\n\\toprule\nno rows" in table.latex()
+
+
 def test_equal_evaluations_give_equal_bytes_wherever_they_lie(tmp_path):
     made = []
     for place, order in (("here", (1, 2)), ("there", (2, 1))):

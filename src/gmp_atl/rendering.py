@@ -34,6 +34,7 @@ ul { padding-left: 1.2rem; color: #444; font-size: 0.85rem; max-width: 60rem; }
 """
 _WIDTH = 120
 """Columns of text below which the widest table would lose digits."""
+_NO_ROWS = "no rows"
 _FIGURE = re.compile(r"[-+]?\d|-$|n/a|none|not run|\[")
 
 
@@ -54,20 +55,23 @@ class Table:
     """File name without suffix."""
     caption: str
     rows: Sequence[Mapping[str, str | Cell]]
-    """Heading: cell. Every row has the headings of the first, and a heading's cells are of one kind."""
+    """Heading: cell. Every row has the headings of the first, and a heading's cells are of one kind.
+
+    Without a row there are no headings: the table then says that it has no rows.
+    """
     notices: Sequence[str] = ()
     """Warnings, printed before the table."""
     footer: Sequence[str] = ()
 
     def csv(self) -> str:
-        """Comment lines (`pandas.read_csv(comment="#")` skips them), then plain columns."""
+        """Comment lines (`pandas.read_csv(comment="#")` skips them), then plain columns, unless there are no rows."""
         stream = io.StringIO()
         for line in (self.caption, *self.notices, *self.footer):
             stream.write(f"# {line}\n")
-        rows = [_flat(row) for row in self.rows]
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        if rows := [_flat(row) for row in self.rows]:
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
         return stream.getvalue()
 
     def markdown(self) -> str:
@@ -75,7 +79,7 @@ class Table:
         headings, body = self._texts()
         body = [[text.replace("|", r"\|") for text in row] for row in body]
         widths = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
-        right = [_holds_figures(column) for column in zip(*body, strict=True)]
+        right = [_holds_figures(column) for column in zip(headings, *body, strict=True)]
         rule = [("-" * (w - 1) + ":" if r else ":" + "-" * (w - 1)) for w, r in zip(widths, right, strict=True)]
         lines = [
             "| "
@@ -90,7 +94,7 @@ class Table:
     def html(self) -> str:
         """A page that needs nothing else."""
         headings, body = self._texts()
-        kinds = [' class="figure"' if _holds_figures(column) else "" for column in zip(*body, strict=True)]
+        kinds = [' class="figure"' if _holds_figures(column) else "" for column in zip(headings, *body, strict=True)]
 
         def row(tag: str, texts: Sequence[str]) -> str:
             cells = (f"<{tag}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
@@ -113,7 +117,7 @@ class Table:
     def latex(self) -> str:
         """A floating table; needs the package booktabs."""
         headings, body = self._texts()
-        kinds = "".join("r" if _holds_figures(column) else "l" for column in zip(*body, strict=True))
+        kinds = "".join("r" if _holds_figures(column) else "l" for column in zip(headings, *body, strict=True))
         # The document that the table goes into numbers it.
         title = re.sub(r"^Table \d+: ", "", self.caption)
         caption = " ".join([_escape(f"{title}."), *(rf"\textbf{{{_escape(notice)}}}" for notice in self.notices)])
@@ -142,7 +146,7 @@ class Table:
 
     def _texts(self) -> tuple[list[str], list[list[str]]]:
         body = [[cell.text if isinstance(cell, Cell) else cell for cell in row.values()] for row in self.rows]
-        return list(self.rows[0]), body
+        return list(self.rows[0]) if self.rows else [_NO_ROWS], body
 
 
 def show(folder: Path) -> None:
@@ -170,7 +174,8 @@ def _identifier(heading: str) -> str:
 
 
 def _holds_figures(column: Sequence[str]) -> bool:
-    return all(_FIGURE.match(text) for text in column)
+    """Whether all below the heading are figures."""
+    return len(column) > 1 and all(_FIGURE.match(text) for text in column[1:])
 
 
 def _escape(text: str) -> str:
