@@ -16,9 +16,10 @@ from test_tables import Run, config
 
 from gmp_atl import paper
 from gmp_atl.claims import Verdict, claims, together, verdict
-from gmp_atl.evaluations import Corpus, Evaluations, Result, System
+from gmp_atl.evaluations import Corpus, Evaluations, Result
 from gmp_atl.provenance import Lineage
 from gmp_atl.statistics import Interval, evidence
+from gmp_atl.systems import System
 
 SESSIONS = [f"Ses{number:02}" for number in range(1, 6)]
 ORDER = [Verdict.NOT_SUPPORTED, Verdict.UNDECIDED, Verdict.SUPPORTED]

@@ -17,6 +17,7 @@ import yaml
 from conftest import SETTINGS
 
 from gmp_atl import cli, doctor
+from gmp_atl import config as configs
 from gmp_atl.doctor import Finding, State
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +176,21 @@ def test_the_paper_needs_what_docs_scaling_adds_up(monkeypatch):
     """300 encoders and heads, 115 GB, and 15 GB of the rest."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1e12))
     assert "about 136 GB" in doctor._disk(doctor._load([ROOT / "config.yaml"])).text
+
+
+@pytest.mark.parametrize(
+    ("tables", "models"),
+    [
+        ({"numbers": [1]}, 0),
+        ({"numbers": [2]}, 3),  # of stage 1, retrained, fine-tuned
+        ({"numbers": [3]}, 6),
+        ({"numbers": [4], "layers": [-1, -2]}, 5),
+        ({"numbers": [2, 4], "layers": [-1, -2]}, 7),
+    ],
+)
+def test_models_are_those_of_the_systems_that_are_asked_for(tables, models):
+    config = configs.parse({**SETTINGS, "tables": tables})
+    assert doctor._models(config) == models * len(config.seeds) * len(config.folds.held_out)
 
 
 def test_the_command_adds_up(tmp_path, monkeypatch, capsys):

@@ -241,6 +241,13 @@ def test_examples_of_two_runs_are_refused(run: Run) -> None:
         drawn(run)
 
 
+def test_examples_of_an_earlier_config_are_not_shown(run: Run) -> None:
+    assert loaded(run).embeddings() is not None
+    run.config = config(tables={"numbers": [1, 4], "layers": [-1]})
+    assert loaded(run).embeddings() is None
+    assert loaded(run).examples() is None
+
+
 def test_many_systems_each_have_a_row(tmp_path: Path) -> None:
     ablations = {f"margin-{n}": {"finetuning": {"margin": 0.21 + n / 100}} for n in range(12)}
     made = Run(tmp_path, config(ablations=ablations))

@@ -428,6 +428,15 @@ def test_tables_of_an_earlier_config_are_not_left_among_those_of_this_one(tmp_pa
     assert not left & {"ablations", "table4"}
 
 
+def test_table_1_alone_asks_for_no_system(tmp_path):
+    run = Run(tmp_path, config(tables={"numbers": [1]}))
+    run.predict(fold=1, seed=0, recalls=[10, 10, 10, 10])
+    written = run.tables()
+    assert "| Total " in written["table1.md"]
+    for name in ("per_fold", "per_session"):
+        assert [line for line in written[f"{name}.md"].splitlines() if "|" in line] == ["| no rows |", "| :------ |"]
+
+
 def test_a_table_without_rows_says_so():
     table = rendering.Table("nothing", "Of nothing", [], footer=["as it was"])
     assert table.csv() == "# Of nothing\n# as it was\n"

@@ -21,9 +21,10 @@ import pytest
 import yaml
 from test_corpora import write_audio, write_manifest
 
-from gmp_atl import provenance
+from gmp_atl import doctor, provenance
 from gmp_atl.stages.archive import restore
 from gmp_atl.stages.tables import tables
+from gmp_atl.systems import main_system, systems
 
 ROOT = Path(__file__).parents[1]
 JOBS = {
@@ -149,6 +150,25 @@ def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds
             "figures": 1,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("tables_", "ablations"),
+    [
+        ({"numbers": [1]}, {}),
+        ({"numbers": [2]}, {}),
+        ({"numbers": [4], "layers": [-1]}, {}),
+        ({"numbers": [1], "ablation_losses": ["ce"]}, {"no-margin": {"finetuning": {"margin": 0.0}}}),
+    ],
+)
+def test_what_the_tables_ask_for_is_what_is_run(
+    tmp_path: Path, tables_: dict[str, Any], ablations: dict[str, Any]
+) -> None:
+    settings = overlaid({"tables": tables_}, {"ablations": ablations})
+    jobs = plan(tmp_path, config=settings)
+    config = doctor._load([tmp_path / "config.yaml", tmp_path / "overlay.yaml"])
+    assert jobs["evaluation"] == 2 * len(systems(config))
+    assert jobs["examples"] == int(main_system(config) in systems(config))
 
 
 @pytest.mark.parametrize(("column", "preset"), [(0, None), (1, "ablations")])

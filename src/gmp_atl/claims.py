@@ -13,8 +13,9 @@ from enum import StrEnum
 import pandas as pd
 
 from gmp_atl import paper
-from gmp_atl.evaluations import Evaluations, System, main_system, table_3_systems
+from gmp_atl.evaluations import Evaluations
 from gmp_atl.statistics import Evidence, Interval, evidence
+from gmp_atl.systems import System, main_system, table_3_systems
 
 ERROR = 0.05
 """Probability that one of a claim's intervals misses, shared out among them."""

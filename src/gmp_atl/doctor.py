@@ -20,6 +20,7 @@ from gmp_atl import config_files
 from gmp_atl.config import PACKAGED_ENCODER, Config, EncoderConfig
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
+from gmp_atl.systems import BASELINE, systems
 
 _PYTHON = (3, 11)
 _MODEL_GB, _OTHER_GB = 0.4, 16.0
@@ -226,9 +227,15 @@ def _disk(config: Config) -> Finding:
     if not os.access(folder, os.W_OK):
         return Finding("disk", State.MISSING, f"{folder} may not be written to", "run in a folder of your own")
     free = shutil.disk_usage(folder).free / 1e9
-    models = len(config.seeds) * len(config.folds.held_out) * (4 + 2 * len(config.tables.layers))
-    needed = 1.0 if config.encoder.source in ("scratch", "packaged") else _OTHER_GB + _MODEL_GB * models
+    needed = 1.0 if config.encoder.source in ("scratch", "packaged") else _OTHER_GB + _MODEL_GB * _models(config)
     text = f"{free:.0f} GB free at {folder}; a run without ablations takes about {needed:.0f} GB"
     if free < needed:
         return Finding("disk", State.MISSING, text, "make results a link to a larger disk, or run fewer seeds at once")
     return Finding("disk", State.OK, text)
+
+
+def _models(config: Config) -> int:
+    """Encoders that a run without ablations keeps: of stage 1, of each layer with GMPs, and of each system."""
+    evaluated = set(systems(config.model_copy(update={"ablations": {}}))) - {BASELINE}
+    layers = {system.layer for system in evaluated} - {None}
+    return len(config.seeds) * len(config.folds.held_out) * (bool(layers) + len(layers) + len(evaluated))

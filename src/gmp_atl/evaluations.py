@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from gmp_atl import metrics, paper, provenance
-from gmp_atl.config import SLICES, Config, identity, shared_variant, slice_for, variant
+from gmp_atl.config import SLICES, Config, identity, slice_for, variant
 from gmp_atl.errors import UserError
 from gmp_atl.formats import (
     CLUSTER_STATISTICS,
@@ -34,12 +34,12 @@ from gmp_atl.formats import (
     sha256,
 )
 from gmp_atl.provenance import Lineage
+from gmp_atl.systems import System, main_system, seeds, systems
 
 log = logging.getLogger(__name__)
 
 SAMPLES_PER_MINUTE = 16_000 * 60
 MEASURES: dict[str, Callable[[np.ndarray], float]] = {"UAR": metrics.uar, "WAR": metrics.war}
-LOSSES = {"ce": "CE", "ams": "AMS"}
 SELECTIONS = {
     "last": "last epoch",
     "held_out_training_group": "best epoch on a group of the training folds",
@@ -49,30 +49,6 @@ CLUSTERED_ON = {
     "training": "the fold's training frames",
     "all": "TRANSDUCTIVE: all frames, those of the test fold included",
 }
-
-
-@dataclass(frozen=True)
-class System:
-    """What was evaluated: one row of Table 3 or 4, an ablation of it, or the classical reference."""
-
-    model: str = "gmp-atl"
-    variant: str = "main"
-    layer: int | None = None
-    """Of the GMPs; None without."""
-    loss: str | None = None
-
-    @property
-    def label(self) -> str:
-        if self == BASELINE:
-            return "eGeMAPS + SVM"
-        gmps = "no GMPs" if self.layer is None else f"GMPs of layer {self.layer}"
-        variant = "" if self.variant == "main" else f" ({self.variant})"
-        return f"{gmps}, {LOSSES.get(self.loss or '', self.loss)}{variant}"
-
-
-BASELINE = System(model="egemaps-svm")
-BASELINE_SEED = 0
-"""The classical reference draws nothing at random."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +133,16 @@ class Evaluations:
         return found
 
     def embeddings(self) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-        """EMBEDDINGS and their metadata; None where there are none."""
+        """EMBEDDINGS and their metadata; None where there are none, or the main system is not asked for."""
         return self._only(EMBEDDINGS)
 
     def examples(self) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-        """EXAMPLES and their metadata; None where there are none."""
+        """EXAMPLES and their metadata; None where there are none, or the main system is not asked for."""
         return self._only(EXAMPLES)
 
     def _only(self, kind: Format) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+        if main_system(self.config) not in systems(self.config):
+            return None  # an earlier config asked for what the folder holds
         paths = sorted(self.folder.rglob(f"{kind.name}.parquet"))
         if len(paths) > 1:
             raise UserError(
@@ -174,41 +152,6 @@ class Evaluations:
             return None
         table, header = kind.read(paths[0])
         return table.to_pandas(), header
-
-
-def main_system(config: Config) -> System:
-    """The paper's proposal: GMPs and AM-Softmax."""
-    return System(layer=config.tables.layer, loss="ams")
-
-
-def table_3_systems(config: Config) -> dict[tuple[bool, str], System]:
-    """(with GMPs?, loss): system, in the paper's order."""
-    return {
-        (gmps, loss): System(layer=config.tables.layer if gmps else None, loss=loss) for gmps, loss in paper.TABLE_3
-    }
-
-
-def ablation_system(config: Config, name: str, loss: str) -> System:
-    """The row with GMPs under an ablation, which may share its evaluation with an equal variant; `main` is that row."""
-    return System(variant=shared_variant(config, "evaluation", name), layer=config.tables.layer, loss=loss)
-
-
-def systems(config: Config) -> list[System]:
-    """Every system whose evaluation the config asks for, in the order of the tables, each once."""
-    asked = list(table_3_systems(config).values()) if 3 in config.tables.numbers else [main_system(config)]
-    if 4 in config.tables.numbers:
-        asked += [System(layer=layer, loss="ams") for layer in config.tables.layers]
-    if config.ablations:
-        variants = ("main", *config.ablations)
-        asked += [ablation_system(config, name, loss) for loss in config.tables.ablation_losses for name in variants]
-    if 2 in config.tables.numbers and config.tables.baseline == "egemaps":
-        asked.append(BASELINE)
-    return list(dict.fromkeys(asked))
-
-
-def seeds(config: Config, system: System) -> list[int]:
-    """The seeds that a system is evaluated with."""
-    return [BASELINE_SEED] if system == BASELINE else config.seeds
 
 
 def load(config: Config, folder: Path) -> Evaluations:

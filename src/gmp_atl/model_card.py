@@ -14,9 +14,10 @@ from gmp_atl.corpora.iemocap import NAME as IEMOCAP
 from gmp_atl.corpora.iemocap import SYNTHETIC_NAME
 from gmp_atl.corpora.ravdess import NAME as RAVDESS
 from gmp_atl.errors import UserError
-from gmp_atl.evaluations import CLUSTERED_ON, LOSSES, SELECTIONS
+from gmp_atl.evaluations import CLUSTERED_ON, SELECTIONS
 from gmp_atl.formats import PREDICTIONS, sha256
 from gmp_atl.provenance import Record
+from gmp_atl.systems import LOSSES
 
 _LICENCES = {
     IEMOCAP: "IEMOCAP is given out by the University of Southern California under a licence of its own, on request, "

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from gmp_atl import paper
-from gmp_atl.evaluations import MEASURES, Evaluations, System, main_system, systems, table_3_systems
+from gmp_atl.evaluations import MEASURES, Evaluations
 from gmp_atl.metrics import confusion
 from gmp_atl.provenance import Record
 from gmp_atl.statistics import sampling_interval, summarise, t_interval
+from gmp_atl.systems import System, main_system, systems, table_3_systems
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,7 @@ from gmp_atl import config as typed
 from gmp_atl import config_files
 from gmp_atl.code import code_hash
 from gmp_atl.errors import UserError
+from gmp_atl.systems import BASELINE, main_system, systems
 
 try:
     for path in workflow.configfiles:
@@ -104,6 +105,7 @@ if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists():
 SEEDS = CONFIG.seeds
 FOLDS = range(1, len(CONFIG.folds.held_out) + 1)
 SIZES = CONFIG.clustering.sizes
+SYSTEMS = systems(CONFIG)
 # The first job of the main system, whose utterances the report shows.
 FIRST = {"variant": "main", "layer": CONFIG.tables.layer, "gmps": CONFIG.tables.layer, "loss": "ams"}
 FIRST |= {"fold": 1, "seed": SEEDS[0]}
@@ -123,11 +125,7 @@ CATEGORIES = {
     "Provenance": ["jobs", "provenance"],
 }
 # Layers whose GMPs the tables ask for.
-GMPS = sorted(
-    ({CONFIG.tables.layer} if {2, 3} & {*CONFIG.tables.numbers} or CONFIG.ablations else set())
-    | (set(CONFIG.tables.layers) if 4 in CONFIG.tables.numbers else set()),
-    reverse=True,
-)
+GMPS = sorted({system.layer for system in SYSTEMS if system.layer is not None}, reverse=True)
 
 
 def encoder_of_stage_1(wildcards):
@@ -215,33 +213,17 @@ def settings_of_iteration(wildcards):
     return json.dumps(typed.slice_for(typed.up_to(CONFIG, int(wildcards.iteration)), "pretraining"), sort_keys=True)
 
 
-def evaluated_systems():
-    """(variant, layer of the GMPs, loss) of what the tables ask for; what several tables share is there once."""
-    numbers, layer = set(CONFIG.tables.numbers), CONFIG.tables.layer
-    systems = set()
-    if 2 in numbers:
-        systems.add(("main", layer, "ams"))
-    if 3 in numbers:
-        systems |= {("main", gmps, loss) for gmps in ("none", layer) for loss in ("ce", "ams")}
-    if 4 in numbers:
-        systems |= {("main", gmps, "ams") for gmps in CONFIG.tables.layers}
-    if CONFIG.ablations:
-        variants = {shared("evaluation", name) for name in ("main", *CONFIG.ablations)}
-        systems |= {(variant, layer, loss) for variant in variants for loss in CONFIG.tables.ablation_losses}
-    return systems
+def predictions_of(system):
+    """One file per fold and, but for the classical reference, per seed."""
+    if system == BASELINE:
+        return expand(rules.baseline.output.predictions, fold=FOLDS)
+    of_system = {"variant": system.variant, "gmps": system.layer or "none", "loss": system.loss}
+    return expand(rules.evaluation.output.predictions, **of_system, fold=FOLDS, seed=SEEDS)
 
 
 def evaluated():
     """Every evaluation that the tables ask for, and what they tell of the codebooks."""
-    files = [
-        path
-        for variant, gmps, loss in sorted(evaluated_systems(), key=str)
-        for path in expand(
-            rules.evaluation.output.predictions, variant=variant, gmps=gmps, loss=loss, fold=FOLDS, seed=SEEDS
-        )
-    ]
-    if 2 in CONFIG.tables.numbers and CONFIG.tables.baseline == "egemaps":
-        files += expand(rules.baseline.output.predictions, fold=FOLDS)
+    files = [path for system in SYSTEMS for path in predictions_of(system)]
     if GMPS:
         variants = {shared("clustering", name) for name in ("main", *CONFIG.ablations)}
         files += expand(rules.cluster_statistics.output.statistics, variant=sorted(variants), fold=FOLDS, seed=SEEDS)
@@ -250,7 +232,7 @@ def evaluated():
 
 def illustrated():
     """What only figures show: utterances of the main system, where it is evaluated."""
-    asked = ("main", CONFIG.tables.layer, "ams") in evaluated_systems()
+    asked = main_system(CONFIG) in SYSTEMS
     return [rules.examples.output.embeddings, rules.examples.output.examples] if asked else []
 
 

@@ -21,27 +21,21 @@ import pandas as pd
 from gmp_atl import paper
 from gmp_atl.claims import claims
 from gmp_atl.config import Config
-from gmp_atl.evaluations import (
-    BASELINE,
-    CLUSTERED_ON,
-    LOSSES,
-    MEASURES,
-    SAMPLES_PER_MINUTE,
-    SELECTIONS,
-    Evaluations,
-    System,
-    ablation_system,
-    load,
-    main_system,
-    origin,
-    seeds,
-    systems,
-    table_3_systems,
-)
+from gmp_atl.evaluations import CLUSTERED_ON, MEASURES, SAMPLES_PER_MINUTE, SELECTIONS, Evaluations, load, origin
 from gmp_atl.formats import Output, write_text
 from gmp_atl.metrics import confusion
 from gmp_atl.rendering import Cell, Table
 from gmp_atl.statistics import Difference, Evidence, Interval, Summary, paired_difference, summarise
+from gmp_atl.systems import (
+    BASELINE,
+    LOSSES,
+    System,
+    ablation_system,
+    main_system,
+    seeds,
+    systems,
+    table_3_systems,
+)
 
 NOT_RUN = "not run"
 NONE = "n/a"
