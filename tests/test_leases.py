@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ os.unlink(busy)
 
 
 def holder(folder: Path, pool: str, work: str, *, allocation: str = "", share: int = 1) -> subprocess.Popen[str]:
+    """A process that takes one of the devices of `pool`, prints it, and keeps it for `work` seconds, or forever."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     # TMPDIR may differ between the jobs of a run.
     environment |= {"TMPDIR": str(folder / "elsewhere"), "CUDA_VISIBLE_DEVICES": pool}
@@ -48,7 +50,25 @@ def holder(folder: Path, pool: str, work: str, *, allocation: str = "", share: i
 @pytest.fixture(autouse=True)
 def _outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "LOCKS", tmp_path / "locks")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def cards(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A stand-in for nvidia-smi, which fails until it is told cards to list, each as `model UUID`."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "nvidia-smi").write_text(f'#!/bin/sh\ntest "$*" = -L && cat {folder}/listing\n')
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def listed(*names: str) -> None:
+        pairs = [name.rsplit(maxsplit=1) for name in names]
+        lines = [f"GPU {number}: {model} (UUID: {uuid})\n" for number, (model, uuid) in enumerate(pairs)]
+        # As of a card that is shared out by hardware: parts of it, which are no cards.
+        (folder / "listing").write_text("".join(lines) + "  MIG 1g.10gb     Device  0: (UUID: MIG-5)\n")
+
+    return listed
 
 
 def test_no_device_is_held_twice(tmp_path: Path) -> None:
@@ -114,13 +134,24 @@ def test_no_device_is_an_error(pool: str, monkeypatch: pytest.MonkeyPatch) -> No
         take_gpu()
 
 
-@pytest.mark.parametrize(("listed", "taken"), [("echo GPU-1; echo GPU-2", "GPU-1"), ("exit 9", None)])
-def test_devices_that_are_not_named_are_those_of_nvidia_smi(
-    listed: str, taken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("pool", "devices"),
+    [(None, None), ("", []), ("-1", []), ("1,-1,0", ["1"]), ("0,,1", ["0"]), (" 2, GPU-3f ", ["2", "GPU-3f"])],
+)
+def test_devices_are_those_that_cuda_shows(
+    pool: str | None, devices: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{listed}\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if pool is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", pool)
+    assert leases._visible() == devices
+
+
+@pytest.mark.parametrize("taken", ["GPU-1", None])
+def test_devices_that_are_not_named_are_those_of_nvidia_smi(
+    taken: str | None, cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Set first, so that it is taken back after the test: a lease changes the environment for good.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -129,10 +160,46 @@ def test_devices_that_are_not_named_are_those_of_nvidia_smi(
         with pytest.raises(UserError, match="workflow/profiles/cpu"):
             take_gpu(timeout=0)
     else:
+        cards("Fast (80 GB) GPU-1", "Slow GPU-2")
         take_gpu(timeout=0)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
         for descriptor in leases._held:
             os.close(descriptor)
+
+
+def test_a_card_is_held_once_by_whatever_name(tmp_path: Path, cards: Callable[..., None]) -> None:
+    cards("Fast GPU-aa", "Fast GPU-bb")
+    first = holder(tmp_path, "1", "forever")
+    assert first.stdout is not None
+    assert first.stdout.readline().strip() == "1"
+    # In another container or allocation, the second card may be the only one.
+    cards("Fast GPU-bb")
+    others = [holder(tmp_path, pool, "0") for pool in ("0", "GPU-bb", "GPU-b")]
+    for other in others:
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=1.5)
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == ["GPU-bb.0.lock"]
+    first.kill()
+    first.communicate()
+    outcomes = [(other.communicate(timeout=30)[0].strip(), other.returncode) for other in others]
+    assert outcomes == [("0", 0), ("GPU-bb", 0), ("GPU-b", 0)]
+
+
+@pytest.mark.parametrize(
+    ("listed", "order", "name"),
+    [
+        (["Fast GPU-aa", "Fast GPU-bb"], "", "GPU-bb"),
+        (["Fast GPU-aa", "Slow GPU-bb"], "PCI_BUS_ID", "GPU-bb"),
+        (["Slow GPU-aa", "Fast GPU-bb"], "", "1"),  # CUDA's first is nvidia-smi's second
+        (["Fast GPU-aa"], "", "1"),
+    ],
+)
+def test_a_number_stands_for_a_card_only_where_cuda_counts_as_nvidia_smi(
+    listed: list[str], order: str, name: str, cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards(*listed)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    assert leases._identity("1", leases._of_nvidia_smi()) == name
 
 
 @pytest.mark.parametrize("pool", ["2", "", None])

@@ -1,7 +1,8 @@
 """One GPU per local job: Snakemake counts GPUs but does not say which, so jobs take a lock on one.
 
-A lease is a flock on a file per device, and per job that may share it, in a folder of this host. The kernel gives it up
-with the process, however that ends, so no lease outlives its holder. A SLURM job that was given one device has nothing
+A lease is a flock on a file per device, and per job that may share it, in a folder of this host. Files are named by the
+devices' UUIDs as far as nvidia-smi tells them: jobs may number one device differently. The kernel gives a lease up with
+the process, however that ends, so none outlives its holder. A SLURM job that was given one device has nothing
 to choose; several in one allocation (salloc, with Snakemake inside) are shared out like those of a workstation.
 """
 
@@ -10,10 +11,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from gmp_atl.errors import NOTICE, UserError
 
@@ -27,6 +32,13 @@ _POLL_SECONDS = 0.5
 _REMIND_SECONDS = 60.0
 _held: list[int] = []
 """Descriptors of the locks that this process holds."""
+
+
+class _Card(NamedTuple):
+    """A GPU as nvidia-smi names it."""
+
+    model: str
+    uuid: str
 
 
 def take_gpu(timeout: float = 3600.0) -> None:
@@ -44,8 +56,9 @@ def take_gpu(timeout: float = 3600.0) -> None:
             return
         # Each allocation may count its devices from 0.
         folder = LOCKS.with_name(f"{LOCKS.name}-slurm{allocation}")
-    elif devices is None:
-        devices = _of_nvidia_smi()
+    cards = _of_nvidia_smi()
+    if devices is None:
+        devices = [card.uuid for card in cards]
     if not devices:
         raise UserError(
             "This job was given a GPU (resources: gpu=1), but CUDA_VISIBLE_DEVICES is empty or nvidia-smi lists none. "
@@ -53,8 +66,11 @@ def take_gpu(timeout: float = 3600.0) -> None:
         )
     folder.mkdir(mode=0o700, exist_ok=True)
     started = reminded = time.monotonic()
-    places = [(device, place) for place in range(JOBS_PER_GPU) for device in devices]  # first, one on each
-    while not any(_try(folder / _file_name(device, place), device) for device, place in places):
+    names = {device: _identity(device, cards).replace(os.sep, "_") for device in devices}
+    places = [  # first, one on each
+        (folder / f"{names[device]}.{place}.lock", device) for place in range(JOBS_PER_GPU) for device in devices
+    ]
+    while not any(_try(lock, device) for lock, device in places):
         now = time.monotonic()
         if now - started > timeout:
             raise UserError(
@@ -68,25 +84,31 @@ def take_gpu(timeout: float = 3600.0) -> None:
 
 
 def _visible() -> list[str] | None:
-    """Entries of CUDA_VISIBLE_DEVICES, if it is set."""
+    """Entries of CUDA_VISIBLE_DEVICES, if it is set; as CUDA has it, the first that is -1 or empty ends them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return None
-    return [device.strip() for device in visible.split(",") if device.strip() and device.strip() != "-1"]
+    return list(takewhile(lambda device: device not in ("", "-1"), map(str.strip, visible.split(","))))
 
 
-def _of_nvidia_smi() -> list[str]:
-    """Names that CUDA_VISIBLE_DEVICES understands, of every device of this host."""
+def _of_nvidia_smi() -> list[_Card]:
+    """Every GPU of this host, in the order of the bus; none where nvidia-smi does not run."""
     try:
-        query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return listed.stdout.split()
+    return [_Card(*found) for found in re.findall(r"^GPU \d+: (.*) \(UUID: (GPU-.+)\)$", listed.stdout, re.MULTILINE)]
 
 
-def _file_name(device: str, place: int) -> str:
-    return f"{device.replace(os.sep, '_')}.{place}.lock"
+def _identity(device: str, cards: Sequence[_Card]) -> str:
+    """The UUID of an entry of CUDA_VISIBLE_DEVICES, a number or a UUID's beginning; the entry if that is not known."""
+    if device.isdecimal():
+        # CUDA numbers the fastest first, unless told to go by the bus: then, or if all are alike, both count the same.
+        by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({card.model for card in cards}) == 1
+        found = list(cards[int(device) :][:1]) if by_bus else []
+    else:
+        found = [card for card in cards if card.uuid.startswith(device)]
+    return found[0].uuid if len(found) == 1 else device
 
 
 def _try(lock: Path, device: str) -> bool:
