@@ -223,6 +223,23 @@ def test_missing_iemocap_stops_at_once_and_says_what_to_do(tmp_path: Path) -> No
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("option", ["--unlock", "--list-rules", "--lint"])
+def test_what_reads_no_corpus_works_without_one(tmp_path: Path, option: str) -> None:
+    run = snakemake(tmp_path, option)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_an_encoder_is_pretrained_without_the_corpus_that_probes_need(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "presets/pretrain.yaml").read_text(encoding="utf-8"))
+    jobs = plan(tmp_path, "pretrain", config=config)
+    assert jobs["pretraining"] == len(config["pretraining"]["iterations"])
+    assert not jobs["corpus"]
+    run = snakemake(tmp_path, "probes", config=config)
+    assert run.returncode != 0
+    assert "data/emodb does not exist" in run.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_finished_run_is_not_lost_to_a_root_that_does_not_exist(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     corpus = {"reader": "emodb", "root": "data/forgotten"}

@@ -80,28 +80,7 @@ CORPUS_ROOT = f"results/{CONFIG.name}/release" if CONFIG.corpus.reader == "synth
 # A manifest is a file; the audio lies relative to its folder.
 AUDIO_ROOT = str(Path(CORPUS_ROOT).parent) if CONFIG.corpus.reader == "manifest" else CORPUS_ROOT
 EVALUATIONS = Path(f"results/{CONFIG.name}/evaluations")
-
-# Where the corpus lies and, of a manifest, a digest of what it says: other ones have the corpus read anew.
-RELEASE = [CORPUS_ROOT]
 READ_FROM = Path(f"results/{CONFIG.name}/corpus/root.txt")
-
-if CONFIG.corpus.reader == "manifest" and Path(CORPUS_ROOT).is_file():
-    RELEASE.append(sha256(Path(CORPUS_ROOT).read_bytes()).hexdigest()[:16])
-if CONFIG.corpus.reader != "synthetic" and not Path(CORPUS_ROOT).exists():
-    from gmp_atl.corpora import missing_release
-
-    if not EVALUATIONS.exists():
-        raise WorkflowError(missing_release(CONFIG.corpus.reader, CORPUS_ROOT))
-    if READ_FROM.exists():
-        RELEASE = READ_FROM.read_text(encoding="utf-8").splitlines()
-        # To read it anew would fail, and take what a finished run is built on.
-        if RELEASE[0] != CORPUS_ROOT:
-            raise WorkflowError(
-                f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {RELEASE[0]}. Give "
-                "that as corpus.root, as that run did (with make: CONFIG=...), or another name than "
-                f"{CONFIG.name} for a run of its own."
-            )
-
 SEEDS = CONFIG.seeds
 FOLDS = range(1, len(CONFIG.folds.held_out) + 1)
 SIZES = CONFIG.clustering.sizes
@@ -126,6 +105,44 @@ CATEGORIES = {
 }
 # Layers whose GMPs the tables ask for.
 GMPS = sorted({system.layer for system in SYSTEMS if system.layer is not None}, reverse=True)
+
+
+def missing_corpus():
+    """What is wrong where nothing is at corpus.root, unless an earlier run's evaluations stand in for the corpus."""
+    if not EVALUATIONS.exists():
+        from gmp_atl.corpora import missing_release
+
+        return missing_release(CONFIG.corpus.reader, CORPUS_ROOT)
+    read_from = READ_FROM.read_text(encoding="utf-8").splitlines()[0] if READ_FROM.exists() else CORPUS_ROOT
+    # To read it anew would fail, and take what a finished run is built on.
+    if read_from != CORPUS_ROOT:
+        return (
+            f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {read_from}. Give "
+            "that as corpus.root, as that run did (with make: CONFIG=...), or another name than "
+            f"{CONFIG.name} for a run of its own."
+        )
+    return None
+
+
+def index_of_release(_):
+    """Of the synthetic corpus. Any other must be there already; asked here, since what reads none runs without."""
+    if CONFIG.corpus.reader == "synthetic":
+        return rules.synthesis.output.index
+    if not Path(CORPUS_ROOT).exists() and (problem := missing_corpus()):
+        # After an exception Snakemake would go on with whatever an earlier run has left.
+        sys.exit(f"Error: {problem}")
+    return []
+
+
+@cache
+def release():
+    """Where the corpus lies and, of a manifest, a digest of what it says: other ones have the corpus read anew."""
+    root = Path(CORPUS_ROOT)
+    if CONFIG.corpus.reader == "manifest" and root.is_file():
+        return [CORPUS_ROOT, sha256(root.read_bytes()).hexdigest()[:16]]
+    if CONFIG.corpus.reader != "synthetic" and not root.exists() and READ_FROM.exists():
+        return READ_FROM.read_text(encoding="utf-8").splitlines()
+    return [CORPUS_ROOT]
 
 
 def encoder_of_stage_1(wildcards):

@@ -15,7 +15,7 @@ rule synthesis:
 
 rule corpus:
     input:
-        release=rules.synthesis.output.index if CONFIG.corpus.reader == "synthetic" else [],
+        release=index_of_release,
     output:
         utterances="<results>/corpus/utterances.parquet",
         excluded="<results>/corpus/excluded.parquet",
@@ -30,7 +30,7 @@ rule corpus:
     params:
         config=settings("corpus"),
         root=lambda _: CORPUS_ROOT,
-        release=lambda _: RELEASE,
+        release=lambda _: release(),
         code=code_hash("corpus"),
     shell:
         "python -m gmp_atl corpus --config {params.config:q} --root {params.root:q} --threads {threads}"
