@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmp_atl import devices
-from gmp_atl.errors import UserError
+from gmp_atl.errors import NO_GPUS, UserError
 
 
 def test_a_job_without_a_gpu_runs_on_the_cpu_even_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +19,8 @@ def test_a_gpu_that_torch_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"torch finds no usable CUDA device.*workflow/profiles/cpu"):
         devices.resolve(1)
+    with pytest.raises(UserError, match=r"or leave --gpus out"):
+        devices.resolve(1, NO_GPUS)
 
 
 @pytest.mark.parametrize(

@@ -126,3 +126,16 @@ def test_a_damaged_head_is_named(spoken, tmp_path, capsys):
     (folder / "head.safetensors").write_bytes(b"damaged")
     assert cli.main(["predict", str(folder), str(spoken.audio)]) == 2
     assert "head.safetensors is not a readable safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("visible", [False, True])
+def test_without_a_usable_gpu_the_advice_is_of_the_command(spoken, monkeypatch, capsys, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if visible:
+        monkeypatch.setattr(cli, "take_gpu", lambda **_: None)
+    assert cli.main(["predict", str(spoken.model), str(spoken.audio), "--gpus", "1"]) == 2
+    message = capsys.readouterr().err
+    assert "or leave --gpus out to compute on the CPU." in message
+    assert "profile" not in message

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_type_hints
 
-from gmp_atl.errors import NOTICE, NOTICE_PREFIX, UserError
+from gmp_atl.errors import CPU_PROFILE, NO_GPUS, NOTICE, NOTICE_PREFIX, UserError
 from gmp_atl.leases import take_gpu
 
 STAGES = {
@@ -102,7 +102,7 @@ def _run(stage: str, argv: list[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[threads])
     early.add_argument("--gpus", type=int, default=0)
     known, _ = early.parse_known_args(argv)
-    _settle(known.threads, known.gpus)
+    _settle(known.threads, known.gpus, CPU_PROFILE)
     function: Callable[..., None] = getattr(importlib.import_module(f"gmp_atl.stages.{stage}"), stage)
     parser = argparse.ArgumentParser(f"gmp-atl {stage}", description=inspect.getdoc(function), parents=[threads])
     parser.add_argument("--provenance", type=Path, help="JSON file that gets the job's record (default: none)")
@@ -122,11 +122,11 @@ def _threads() -> argparse.ArgumentParser:
     return parser
 
 
-def _settle(threads: int | None, gpus: int) -> None:
+def _settle(threads: int | None, gpus: int, otherwise: str) -> None:
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if gpus:
-        take_gpu()
+        take_gpu(otherwise=otherwise)
 
 
 def _recorded(
@@ -245,7 +245,7 @@ def _add_predict(commands: _Commands) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    _settle(options.threads, options.gpus)
+    _settle(options.threads, options.gpus, NO_GPUS)
     from gmp_atl.prediction import command
     from gmp_atl.recordings import Cut
 

@@ -8,11 +8,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from gmp_atl.errors import UserError
+from gmp_atl.errors import CPU_PROFILE, UserError
 
 
-def resolve(gpus: int) -> torch.device:
-    """The device for a job that was given `gpus` GPUs by Snakemake.
+def resolve(gpus: int, otherwise: str = CPU_PROFILE) -> torch.device:
+    """The device for a job that was given `gpus` GPUs.
+
+    Args:
+        gpus: As Snakemake or a user has it.
+        otherwise: How to do without a GPU, for the message.
 
     Raises:
         UserError: a GPU was given but none is usable; a silent CPU run would take weeks.
@@ -21,8 +25,8 @@ def resolve(gpus: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "This job was given a GPU (resources: gpu=1), but torch finds no usable CUDA device here. Check "
-            "nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU with --workflow-profile workflow/profiles/cpu."
+            "A GPU was asked for, but torch finds no usable CUDA device here. Look at nvidia-smi and "
+            f"CUDA_VISIBLE_DEVICES, or {otherwise}."
         )
     # By default cuDNN rounds what convolutions and LSTMs multiply to 10 bits; float32 is to be float32.
     torch.backends.cudnn.allow_tf32 = False

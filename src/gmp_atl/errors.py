@@ -5,6 +5,11 @@ NOTICE = 25
 NOTICE_PREFIX = "note: "
 """How a rule's log marks them."""
 
+CPU_PROFILE = "run on the CPU with --workflow-profile workflow/profiles/cpu"
+"""What to do where a job of the workflow finds no GPU."""
+NO_GPUS = "leave --gpus out to compute on the CPU"
+"""What to do where a command for people finds none."""
+
 
 class UserError(Exception):
     """What is wrong, where (file, line or config key), what was expected, and what to do."""

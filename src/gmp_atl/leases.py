@@ -20,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from gmp_atl.errors import NOTICE, UserError
+from gmp_atl.errors import CPU_PROFILE, NOTICE, UserError
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,15 @@ class _Card(NamedTuple):
     uuid: str
 
 
-def take_gpu(timeout: float = 3600.0) -> None:
+def take_gpu(timeout: float = 3600.0, otherwise: str = CPU_PROFILE) -> None:
     """Wait for a GPU that holds no job, or not too many, and make it the only one visible until this process ends.
 
-    Call it before torch or faiss is imported. `timeout` is in seconds. Under SLURM with one visible device, or with
-    none named, it does nothing: if that leaves the job without a GPU, `devices.resolve` says so.
+    Call it before torch or faiss is imported. Under SLURM with one visible device, or with none named, it does nothing:
+    if that leaves the job without a GPU, `devices.resolve` says so.
+
+    Args:
+        timeout: In seconds.
+        otherwise: How to do without a GPU, for the messages.
 
     Raises:
         UserError: there is no GPU, or none became free in time.
@@ -61,8 +65,8 @@ def take_gpu(timeout: float = 3600.0) -> None:
         devices = [card.uuid for card in cards]
     if not devices:
         raise UserError(
-            "This job was given a GPU (resources: gpu=1), but CUDA_VISIBLE_DEVICES is empty or nvidia-smi lists none. "
-            "Run on the CPU with --workflow-profile workflow/profiles/cpu."
+            "A GPU was asked for, but CUDA_VISIBLE_DEVICES is empty or nvidia-smi lists none. Look at these, or "
+            f"{otherwise}."
         )
     folder.mkdir(mode=0o700, exist_ok=True)
     started = reminded = time.monotonic()
@@ -75,7 +79,8 @@ def take_gpu(timeout: float = 3600.0) -> None:
         if now - started > timeout:
             raise UserError(
                 f"No GPU of {', '.join(devices)} became free within {timeout:.0f} s: other gmp-atl jobs hold them "
-                f"(locks in {folder}). Start fewer jobs at once: snakemake --resources gpu={len(places)}"
+                f"(locks in {folder}). Start fewer jobs at once (snakemake --resources gpu={len(places)}), or "
+                f"{otherwise}."
             )
         if now - reminded > _REMIND_SECONDS or reminded == started:
             reminded = now

@@ -18,6 +18,7 @@ from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE, AudioError
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Clips
 from gmp_atl.config import ComputeConfig
+from gmp_atl.errors import NO_GPUS
 from gmp_atl.formats import atomic
 from gmp_atl.recordings import Cut, Recording, Scored
 
@@ -46,7 +47,7 @@ def command(
         UserError: a path does not exist or has no audio, or `model` is not a fine-tuned model.
     """
     files = recordings.find(paths)
-    device = devices.resolve(gpus)
+    device = devices.resolve(gpus, NO_GPUS)
     network, description = classifier.load(model)
     network.to(device).encoder.cast(devices.dtype(description.precision, device))
     unusable = 0
