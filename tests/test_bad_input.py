@@ -106,7 +106,7 @@ def test_every_usual_rate_depth_and_number_of_channels_is_read(tmp_path: Path, s
             soundfile.write(path, noise(1_200, channels), rate, subtype=subtype)
             info = tried("audio: usual formats", lambda: audio.inspect(path))
             assert info is not None
-            assert (info.rate, info.channels, info.clipped) == (rate, channels, 0)
+            assert (info.channels, info.clipped) == (channels, 0)
             assert info.n_samples == -(-1_200 * 16_000 // rate)
 
 
@@ -139,7 +139,7 @@ def test_damaged_audio_is_finite_or_refused(
     soundfile.write(path, noise(3_000), 16_000)
     path.write_bytes(damage(path.read_bytes()))
     info = tried("audio: damaged", lambda: audio.inspect(path), str(path))
-    if info is not None and info.rate == audio.SAMPLE_RATE:
+    if info is not None and soundfile.info(path).samplerate == audio.SAMPLE_RATE:
         samples = audio.load(path)
         assert len(samples) == info.n_samples
         assert np.isfinite(samples).all()

@@ -37,7 +37,7 @@ def found(subject: str, tmp_path: Path, **changes: object) -> Finding:
     """What is said of one thing, under the tests' config with other sections."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**SETTINGS, **changes}), encoding="utf-8")
-    [finding] = [each for each in doctor.findings([path]) if each.subject == subject]
+    [finding] = [each for each in doctor.findings([path], []) if each.subject == subject]
     return finding
 
 
@@ -175,7 +175,7 @@ def test_room_for_results(tmp_path, monkeypatch):
 def test_the_paper_needs_what_docs_scaling_adds_up(monkeypatch):
     """300 encoders and heads, 115 GB, and 15 GB of the rest."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1e12))
-    assert "about 136 GB" in doctor._disk(doctor._load([ROOT / "config.yaml"])).text
+    assert "about 136 GB" in doctor._disk(doctor._load([ROOT / "config.yaml"], [])).text
 
 
 @pytest.mark.parametrize(

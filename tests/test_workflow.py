@@ -166,7 +166,7 @@ def test_what_the_tables_ask_for_is_what_is_run(
 ) -> None:
     settings = overlaid({"tables": tables_}, {"ablations": ablations})
     jobs = plan(tmp_path, config=settings)
-    config = doctor._load([tmp_path / "config.yaml", tmp_path / "overlay.yaml"])
+    config = doctor._load([tmp_path / "config.yaml", tmp_path / "overlay.yaml"], [])
     assert jobs["evaluation"] == 2 * len(systems(config))
     assert jobs["examples"] == int(main_system(config) in systems(config))
 

@@ -51,10 +51,9 @@ class AudioError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
-    """What a clip holds: its length at 16 kHz, its own rate (Hz) and channels, and a digest of its samples."""
+    """What a clip holds: its length at 16 kHz, its own channels, and a digest of its samples."""
 
     n_samples: int
-    rate: int
     channels: int
     clipped: float
     """Share of the samples at full scale."""
@@ -72,7 +71,7 @@ def inspect(path: Path) -> AudioInfo:
     samples, rate, channels = _decode(path)
     digest = hashlib.sha256(samples.astype("<f4", copy=False).data).hexdigest()
     clipped = float((np.abs(samples) >= FULL_SCALE).mean())
-    return AudioInfo(resampled_length(len(samples), rate), rate, channels, clipped, digest)
+    return AudioInfo(resampled_length(len(samples), rate), channels, clipped, digest)
 
 
 def load(path: Path) -> np.ndarray:

@@ -49,7 +49,7 @@ class Finding:
     remedy: str = ""
 
 
-def report(config_paths: Sequence[Path], changes: Sequence[str] = ()) -> int:
+def report(config_paths: Sequence[Path], changes: Sequence[str]) -> int:
     """Print what is found under the config that the files make together, the later changing the earlier.
 
     Args:
@@ -67,7 +67,7 @@ def report(config_paths: Sequence[Path], changes: Sequence[str] = ()) -> int:
     return int(missing)
 
 
-def findings(config_paths: Sequence[Path], changes: Sequence[str] = ()) -> Iterator[Finding]:
+def findings(config_paths: Sequence[Path], changes: Sequence[str]) -> Iterator[Finding]:
     """In the order in which a run needs them; without a valid config, not what depends on one."""
     yield _python()
     yield from _packages()
@@ -147,7 +147,7 @@ def _scheduler() -> Finding:
     return Finding("SLURM", State.OK, "not here; jobs run on this machine")
 
 
-def _load(paths: Sequence[Path], changes: Sequence[str] = ()) -> Config:
+def _load(paths: Sequence[Path], changes: Sequence[str]) -> Config:
     # Slow to import; read and merge as a run does.
     from snakemake.cli import parse_config
     from snakemake.utils import update_config

@@ -36,7 +36,7 @@ class Cut:
     hop: int
 
     @classmethod
-    def of_seconds(cls, window: float, hop: float | None = None) -> Cut:
+    def of_seconds(cls, window: float, hop: float | None) -> Cut:
         """Windows that follow one another, or begin every `hop` seconds.
 
         Raises:

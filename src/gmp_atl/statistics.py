@@ -26,9 +26,6 @@ class Summary:
     """Sample standard deviation of the folds' means over seeds."""
     std_seeds: float | None
     """Sample standard deviation of the seeds' means over all folds; seeds that lack a fold are left out."""
-    evaluated: int
-    """Cells of the grid that hold a figure."""
-    total: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,6 @@ def summarise(grid: pd.DataFrame) -> Summary:
         mean=float(folds.mean()) if len(folds) else None,
         std_folds=_deviation(folds),
         std_seeds=_deviation(_means_of_seeds(grid)),
-        evaluated=int(grid.notna().to_numpy().sum()),
-        total=grid.size,
     )
 
 
@@ -125,8 +120,8 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval | 
     return Interval(float(sample.mean() - half_width), float(sample.mean() + half_width), n)
 
 
-def sampling_interval(matrices: Sequence[np.ndarray], measure: str, confidence: float = 0.95) -> Interval:
-    """Of UAR or WAR, in percent, if other utterances of the same classes and speakers had been tested.
+def sampling_interval(matrices: Sequence[np.ndarray], measure: str) -> Interval:
+    """The 95 % interval of UAR or WAR, in percent, over other utterances of the same classes and speakers.
 
     Recalls are of all matrices together, but vary as those of one: seeds are tested on the same utterances. Two
     successes and two failures are added, shared out among the classes (Price and Bonett 2004; of one class, Agresti and
@@ -145,7 +140,7 @@ def sampling_interval(matrices: Sequence[np.ndarray], measure: str, confidence: 
     added = 2 / len(n)
     recalls = (hits + added) / (n + 2 * added)
     variances = recalls * (1 - recalls) / (n + 2 * added)
-    half_width = ndtri((1 + confidence) / 2) * float(np.sqrt(variances.sum())) / len(n)
+    half_width = ndtri(0.975) * float(np.sqrt(variances.sum())) / len(n)
     middle = float(recalls.mean())
     return Interval(100 * max(0.0, middle - half_width), 100 * min(1.0, middle + half_width), int(n.sum()))
 

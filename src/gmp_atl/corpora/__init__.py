@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gmp_atl.corpora import emodb, iemocap, manifest, ravdess
-from gmp_atl.corpora.base import Corpus, Difference, Published, Utterance
+from gmp_atl.corpora.base import Corpus, Difference, Utterance
 from gmp_atl.errors import UserError
 
-__all__ = ["Corpus", "Difference", "Published", "Utterance", "missing_release", "read_corpus"]
+__all__ = ["Corpus", "Difference", "Utterance", "missing_release", "read_corpus"]
 
 _OBTAIN = {
     "iemocap": "IEMOCAP is obtained by signing the licence form at https://sail.usc.edu/iemocap/.",

@@ -121,6 +121,7 @@ SPECIAL = {
 }
 """Clips under one second and over ten, by speaker and position in the speaker's labels."""
 
+_SEED = 0
 # From eSpeak NG's speak_lib.h.
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
 _PARAMETERS = {"rate": (1, 80, 450), "pitch": (3, 0, 99), "range": (4, 0, 99)}  # number, lowest, highest
@@ -146,8 +147,8 @@ class Turn:
     prosody: Prosody
 
 
-def synthesise(root: Path, seed: int = 0) -> list[Path]:
-    """Write the release into `root` and return its files, sorted; the same seed gives the same bytes.
+def synthesise(root: Path) -> list[Path]:
+    """Write the release into `root` and return its files, sorted; the bytes are the same every time.
 
     Raises:
         UserError: `root` holds sessions that are not synthetic.
@@ -159,9 +160,9 @@ def synthesise(root: Path, seed: int = 0) -> list[Path]:
             raise UserError(f"{root} holds a corpus that is not synthetic. Choose an empty folder for the demo's.")
         shutil.rmtree(earlier)
     write_text(readme, README)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     files = [readme]
-    with _espeak(seed) as speak:
+    with _espeak() as speak:
         for session in (1, 2, 3, 4, 5):
             files += _write_session(root / f"Session{session}", _plan(session, rng), speak, rng)
     return sorted(files)
@@ -233,7 +234,7 @@ def _scattered(mean: Prosody, scatter: Prosody, rng: np.random.Generator) -> Pro
 
 
 @contextmanager
-def _espeak(seed: int) -> Iterator[_Speak]:
+def _espeak() -> Iterator[_Speak]:
     """A function of voice, text and prosody that returns speech, float in [-1, 1], at `_VOICE_RATE`.
 
     eSpeak NG keeps state between utterances, and takes no data path beyond 160 bytes. A private copy of the library
@@ -264,7 +265,7 @@ def _espeak(seed: int) -> Iterator[_Speak]:
         if library.espeak_Initialize(_SYNCHRONOUS, 0, folder.encode(), _DONT_EXIT) != _VOICE_RATE:
             raise RuntimeError("eSpeak NG did not start")
         library.espeak_SetSynthCallback(callback)
-        library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
 
         def speak(voice: str, text: str, prosody: Prosody) -> np.ndarray:
             chunks.clear()
