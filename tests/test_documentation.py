@@ -116,7 +116,9 @@ def test_it_is_told_how_each_table_is_made_and_from_which_files() -> None:
     made = {f"table{number}" for number in (1, 2, 3, 4)} | set(re.findall(r'"(\w+)"', listed))
     assert {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)} == made
     outputs = re.findall(r'"<results>/evaluations/([^"]+)"', "".join(rules.values()))
-    for path in re.findall(r"`([^` ]+(?:/[^` ]+|\.parquet))`", " ".join(paths for _, paths in rows)):
+    read = re.findall(r"`([^` ]+(?:/[^` ]+|\.parquet))`", " ".join(paths for _, paths in rows))
+    assert read
+    for path in read:
         folders = ["/".join(output.split("/")[: path.count("/") + 1]) for output in outputs]
         assert any(re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", folder), path) for folder in folders), path
 

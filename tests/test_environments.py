@@ -67,7 +67,9 @@ def test_direct_dependency_is_pinned_to_the_locked_version(requirement: str) -> 
 
 
 def test_every_locked_file_has_a_hash() -> None:
-    for lock in sorted((ROOT / "requirements").glob("*.lock")):
+    locks = sorted((ROOT / "requirements").glob("*.lock"))
+    assert locks
+    for lock in locks:
         packages = re.split(r"^(?=[a-z0-9])", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
         assert packages
         assert all("--hash=sha256:" in package for package in packages), lock.name

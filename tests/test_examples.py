@@ -137,7 +137,9 @@ def test_examples_have_the_labels_and_scores_of_their_stages(made: Made, inputs:
 
 def test_the_utterance_of_median_length_stands_for_its_class(made: Made, inputs: Inputs) -> None:
     made.run()
-    for row in EXAMPLES.read(made.examples)[0].to_pylist():
+    rows = EXAMPLES.read(made.examples)[0].to_pylist()
+    assert [row["emotion"] for row in rows] == ["angry", "sad"]
+    for row in rows:
         lengths = sorted(
             made.rows[name]["n_samples"] for name in inputs.ids("S1") if made.rows[name]["emotion"] == row["emotion"]
         )
