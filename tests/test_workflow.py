@@ -390,6 +390,16 @@ def test_an_edit_reruns_exactly_what_depends_on_it(
     assert plan(finished, config=overlaid(change)) == Counter(expected)
 
 
+def test_features_of_fewer_layers_are_those_that_are_there(finished: Path, tmp_path: Path) -> None:
+    """One pass writes all layers; without one of them, codebooks of the others are not made anew."""
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    last, third = (f"results/tiny/clustering/main/fold1/seed1/layer{layer}/8.parquet" for layer in (-1, -3))
+    run = snakemake(folder, last, third, config=overlaid({"tables": {"layers": [-1, -3]}}))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (folder / last).exists()
+    assert plan(folder, third, config=TINY) == Counter()
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "encoder"),
     [
