@@ -18,7 +18,7 @@ from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, ra
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, feature_groups, feature_rows, read_features, stream_features
+from gmp_atl.formats import LAYER_FEATURES, append_features, feature_rows, read_features, stream_features
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)
@@ -208,7 +208,8 @@ def test_clips_too_large_for_one_row_group_are_parted_and_none_is_lost(tmp_path,
     frames = [np.full((length, 4), length, np.float16) for length in (3, 0, 20, 5, 2, 4)]
     ids = [f"clip{number}" for number in range(len(frames))]
     monkeypatch.setattr(formats, "_LARGEST_GROUP", 8 * 8)
-    groups = list(feature_groups(ids, frames))
+    groups = []
+    append_features(groups.append, ids, frames)
     assert [group["id"].to_pylist() for group in groups] == [
         ["clip0", "clip1"],
         ["clip2"],
@@ -216,9 +217,8 @@ def test_clips_too_large_for_one_row_group_are_parted_and_none_is_lost(tmp_path,
         ["clip5"],
     ]
     with LAYER_FEATURES.writer(tmp_path / "f", dimensions=4, layer=-1, encoder="", fitted_on=[]) as append:
-        for group in groups:
-            append(group)
+        append_features(append, ids, frames)
+        append_features(append, [], [])
     found = read_features(LAYER_FEATURES, tmp_path / "f", ids)[0]
     for utterance, expected in zip(ids, frames, strict=True):
         np.testing.assert_array_equal(found[utterance], expected)
-    assert not list(feature_groups([], []))

@@ -159,6 +159,11 @@ class Batch:
     lengths: Tensor
     """Valid frames, (batch,), on the CPU."""
 
+    def unpadded(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Position of each clip in the `Clips`, and what (batch, frames, ...) holds of its valid frames."""
+        for index, frames, length in zip(self.indices, values, self.lengths.tolist(), strict=True):
+            yield index, frames[:length]
+
 
 @dataclass(frozen=True)
 class Crop:

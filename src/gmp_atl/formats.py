@@ -38,6 +38,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 _READ_AT_ONCE = 2**20
 """Bytes: a column is decoded as it is read, and not held twice."""
 _LARGEST_GROUP = 2**28
+"""Bytes of features in a row group, which a reader holds as a whole; a column of bytes has room for 2 GiB."""
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 """A disk that is full, or that may not be written to."""
 
@@ -54,6 +55,8 @@ Output = Annotated[Path, Role.OUTPUT]
 Outputs = Annotated[list[Path], Role.OUTPUT]
 AudioRoot = Annotated[Path, Role.AUDIO]
 """Folder of a release (or a manifest): far more than what is read, so that only the clips read are accounted for."""
+Append = Callable[[pa.RecordBatch], None]
+"""Writes one row group."""
 
 
 def sha256(path: Path) -> str:
@@ -152,7 +155,7 @@ class Format:
     compression: str = "zstd"
 
     @contextmanager
-    def writer(self, path: Path, /, **metadata: Any) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    def writer(self, path: Path, /, **metadata: Any) -> Iterator[Append]:
         """A function that appends one row group; the file appears when the block ends without an error."""
         groups: list[dict[str, str]] = []
         header = {"format": self.name, "version": self.version, "groups": groups, **metadata}
@@ -482,16 +485,16 @@ def feature_rows(ids: list[str], frames: list[np.ndarray]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array(ids, pa.string()), lengths, binary], schema=LOCAL_FEATURES.schema)
 
 
-def feature_groups(ids: list[str], frames: list[np.ndarray]) -> Iterator[pa.RecordBatch]:
-    """As `feature_rows`, in row groups of 256 MiB at most, or of one clip: a column of bytes holds less than 2 GiB."""
+def append_features(append: Append, ids: list[str], frames: list[np.ndarray]) -> None:
+    """Append what `feature_rows` makes of clips, in row groups of `_LARGEST_GROUP` at most, or of one clip."""
     first, held = 0, 0
     for position, clip in enumerate(frames):
         if position > first and held + 2 * clip.size > _LARGEST_GROUP:
-            yield feature_rows(ids[first:position], frames[first:position])
+            append(feature_rows(ids[first:position], frames[first:position]))
             first, held = position, 0
         held += 2 * clip.size
     if ids:
-        yield feature_rows(ids[first:], frames[first:])
+        append(feature_rows(ids[first:], frames[first:]))
 
 
 def read_features(kind: Format, path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

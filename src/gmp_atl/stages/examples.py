@@ -133,8 +133,8 @@ def _embeddings(encoder: Encoder, clips: Clips, layer: int, compute: ComputeConf
     found: list[np.ndarray] = [np.empty(0)] * len(clips.ids)
     for batch in passes(clips, compute.batch_seconds, device):
         hidden = encoder(batch.local, batch.lengths, layer).float()
-        for states, index, length in zip(hidden, batch.indices, batch.lengths.tolist(), strict=True):
-            found[index] = states[:length].mean(dim=0).cpu().numpy()
+        for index, states in batch.unpadded(hidden):
+            found[index] = states.mean(dim=0).cpu().numpy()
     return np.stack(found)
 
 
@@ -192,10 +192,10 @@ def _pseudo_labels(
     encoder.to(device).eval().cast(devices.dtype(compute.precision, device))
     found: list[list[np.ndarray]] = [[]] * len(clips.ids)
     for batch in passes(clips, compute.batch_seconds, device):
-        hidden = encoder(batch.local, batch.lengths, layer).half().float().cpu().numpy()  # as clustered
-        for states, index, length in zip(hidden, batch.indices, batch.lengths.tolist(), strict=True):
+        hidden = encoder(batch.local, batch.lengths, layer).half().float().cpu()  # as clustered
+        for index, states in batch.unpadded(hidden):
             found[index] = [
-                ((centroids**2).sum(axis=1) - 2 * states[:length] @ centroids.T).argmin(axis=1).astype(np.uint16)
+                ((centroids**2).sum(axis=1) - 2 * states.numpy() @ centroids.T).argmin(axis=1).astype(np.uint16)
                 for centroids in codebooks
             ]
     return found

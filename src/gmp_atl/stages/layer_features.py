@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gmp_atl import devices, model_files
@@ -17,7 +15,7 @@ from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, Outputs, feature_groups
+from gmp_atl.formats import LAYER_FEATURES, Append, Outputs, append_features
 from gmp_atl.progress import Meter
 
 _States = dict[int, list[np.ndarray]]
@@ -50,7 +48,7 @@ def layer_features(
         split = everything(utterances)
     meter = Meter("clip", len(split.ids))
     with ExitStack() as stack, ThreadPoolExecutor(len(layers)) as pool:
-        append: dict[int, Callable[[pa.RecordBatch], None]] = {}
+        append: dict[int, Append] = {}
         for layer, path in zip(layers, outputs, strict=True):
             header = {"dimensions": model.architecture.hidden_size, "layer": layer}
             origin = {"encoder": metadata["encoder"], "fitted_on": metadata["fitted_on"]}
@@ -60,15 +58,10 @@ def layer_features(
             states = _hidden_states(model, clips, layers, config, device)
             for each in written:  # of the row group before, meanwhile
                 each.result()
-            written = [pool.submit(_write, append[layer], clips.ids, states[layer]) for layer in layers]
+            written = [pool.submit(append_features, append[layer], clips.ids, states[layer]) for layer in layers]
             meter.advance(len(clips.ids), audio=FRAME_SECONDS * clips.lengths.sum())
         for each in written:
             each.result()
-
-
-def _write(append: Callable[[pa.RecordBatch], None], ids: list[str], frames: list[np.ndarray]) -> None:
-    for group in feature_groups(ids, frames):
-        append(group)
 
 
 @torch.inference_mode()
@@ -85,6 +78,6 @@ def _hidden_states(
                 f"Layer {layers[finite.index(False)]} exceeds the range of float16; the encoder has diverged."
             )
         for layer, hidden in states.items():
-            for row, index, length in zip(hidden.cpu().numpy(), batch.indices, batch.lengths.tolist(), strict=True):
-                found[layer][index] = row[:length]
+            for index, frames in batch.unpadded(hidden.cpu()):
+                found[layer][index] = frames.numpy()
     return found

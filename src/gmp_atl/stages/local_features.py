@@ -14,7 +14,7 @@ from gmp_atl import clips, devices, model_files
 from gmp_atl.audio import DECODERS, SAMPLE_RATE
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
-from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, feature_groups
+from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, append_features
 from gmp_atl.progress import Meter
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,9 @@ def local_features(
             ids += some
             frames += features
             if sum(each.nbytes for each in frames) >= _ROW_GROUP_BYTES:
-                for group in feature_groups(ids, frames):
-                    append(group)
+                append_features(append, ids, frames)
                 ids, frames = [], []
-        for group in feature_groups(ids, frames):
-            append(group)
+        append_features(append, ids, frames)
     log.info("local features of %d clips", len(table))
 
 

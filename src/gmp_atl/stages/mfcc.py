@@ -13,7 +13,7 @@ from torchaudio.functional import compute_deltas
 from gmp_atl.audio import DECODERS, SAMPLE_RATE
 from gmp_atl.clips import recording
 from gmp_atl.encoder import HOP, MFCC, RECEPTIVE_FIELD, n_frames
-from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, AudioRoot, Output, feature_groups
+from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, AudioRoot, Output, append_features
 from gmp_atl.progress import Meter
 
 _COEFFICIENTS = 13
@@ -32,8 +32,7 @@ def mfcc(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
         for first in range(0, len(table), _CLIPS_AT_ONCE):
             rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))
             frames = list(pool.map(lambda row: _coefficients(recording(audio_root, table, row)), rows))
-            for group in feature_groups(table["id"][rows.start : rows.stop].to_pylist(), frames):
-                append(group)
+            append_features(append, table["id"][rows.start : rows.stop].to_pylist(), frames)
             meter.advance(len(rows))
 
 

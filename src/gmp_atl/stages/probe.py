@@ -63,8 +63,7 @@ def _pooled(
     for batch in passes(clips, compute.batch_seconds, device):
         states = {CONVOLUTIONS: batch.local} | model.hidden_states(batch.local, batch.lengths, layers)
         for layer, hidden in states.items():
-            for clip, frames, length in zip(batch.indices, hidden.float(), batch.lengths.tolist(), strict=True):
-                valid = frames[:length]
-                moments = torch.cat([valid.mean(0), valid.std(0, correction=0)])
-                found[layer][clips.ids[clip]] = moments.cpu().numpy()
+            for index, frames in batch.unpadded(hidden.float()):
+                moments = torch.cat([frames.mean(0), frames.std(0, correction=0)])
+                found[layer][clips.ids[index]] = moments.cpu().numpy()
     return found
