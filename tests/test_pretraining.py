@@ -327,6 +327,21 @@ def test_a_probe_finds_what_the_features_tell(inputs, stages, made, tmp_path):
     assert (tmp_path / "figures/probes.svg").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_probe_computes_in_the_precision_of_the_config(inputs, stages, monkeypatch, tmp_path, precision):
+    hidden_states, found = Encoder.hidden_states, set()
+
+    def spy(*arguments: Any) -> dict[int, torch.Tensor]:
+        states = hidden_states(*arguments)
+        found.update(hidden.dtype for hidden in states.values())
+        return states
+
+    monkeypatch.setattr(Encoder, "hidden_states", spy)
+    files = {"utterances": inputs.utterances, "local_features": inputs.local_features, "output": tmp_path / "probes"}
+    probe(config=stages.config("probe", {"compute.precision": precision}), encoder=inputs.encoder, **files)
+    assert found == {getattr(torch, precision)}
+
+
 def test_a_probe_on_what_the_encoder_was_trained_on_is_refused(inputs, stages, claim_fitted_on, tmp_path):
     seen = claim_fitted_on(inputs.encoder, [inputs.ids("S2")[0], "another"])
     files = {"utterances": inputs.utterances, "local_features": inputs.local_features, "output": tmp_path / "no"}

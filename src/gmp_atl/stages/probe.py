@@ -37,7 +37,9 @@ def probe(
     if known:
         raise LeakageError(f"{encoder} was trained on {len(known)} of the utterances, such as {known[0]}.")
     clips = Clips.read(local_features, split, encoder=origin["encoder"])
-    pooled = _pooled(model.to(device).eval(), clips, config.compute, device)
+    model = model.to(device).eval()
+    model.cast(devices.dtype(config.compute.precision, device))
+    pooled = _pooled(model, clips, config.compute, device)
     rows = []
     for fold in range(1, len(config.folds.held_out) + 1):
         training = training_split(utterances, config.folds, fold)
