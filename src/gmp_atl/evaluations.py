@@ -39,6 +39,7 @@ from gmp_atl.systems import System, main_system, seeds, systems
 log = logging.getLogger(__name__)
 
 SAMPLES_PER_MINUTE = 16_000 * 60
+"""At `audio.SAMPLE_RATE`, which comes with soundfile."""
 MEASURES: dict[str, Callable[[np.ndarray], float]] = {"UAR": metrics.uar, "WAR": metrics.war}
 SELECTIONS = {
     "last": "last epoch",
@@ -79,6 +80,10 @@ class Corpus:
     """Utterances that were left out, per reason."""
     counts: pd.DataFrame
     """emotion, session, gender, utterances, n_samples (at 16 kHz)."""
+
+    @property
+    def label(self) -> str:
+        return corpus_label(self.name, complete=self.complete)
 
 
 @dataclass(frozen=True)
@@ -172,16 +177,25 @@ def load(config: Config, folder: Path) -> Evaluations:
     return Evaluations(config, corpus, results, _read_clusters(config, folder), lineage, folder)
 
 
+def corpus_label(name: str, *, complete: bool) -> str:
+    """A corpus's name, with a mark where part of its full release is missing."""
+    return name if complete else f"{name} (PARTIAL)"
+
+
+def matrix_of(predictions: pd.DataFrame, n_classes: int) -> np.ndarray:
+    """Confusion counts, (classes, classes), of rows as `Result` has them."""
+    return metrics.confusion(predictions["label"].to_numpy(), predictions["prediction"].to_numpy(), n_classes)
+
+
 def origin(evaluations: Evaluations) -> list[str]:
     """What the figures come from, one line each: the footer of every table."""
     config, corpus = evaluations.config, evaluations.corpus
     main = [r.header for r in evaluations.results if r.system.model == "gmp-atl" and r.system.variant == "main"]
     clustered = [header for header in main if header["layer"] is not None]
-    corpora = {f"{r.header['corpus']}{'' if r.header['complete'] else ' (PARTIAL)'}" for r in evaluations.results}
-    corpora.add(f"{corpus.name}{'' if corpus.complete else ' (PARTIAL)'}")
+    corpora = {corpus_label(r.header["corpus"], complete=r.header["complete"]) for r in evaluations.results}
     reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(corpus.excluded.items()))
     return [
-        _one_of("corpus", corpora)
+        _one_of("corpus", corpora | {corpus.label})
         + f", {corpus.counts['utterances'].sum()} utterances; {sum(corpus.excluded.values())} excluded"
         + (f" ({reasons})" if reasons else "")
         + f"; audio sha256 {corpus.audio[:12]}",
@@ -251,8 +265,7 @@ def _read(config: Config, system: System, fold: int, seed: int, path: Path) -> R
         frame[column] = pd.Index(config.classes).get_indexer(frame[column])
     if frame.empty:
         raise UserError(f"{path} holds no prediction; delete it and run snakemake again.")
-    matrix = metrics.confusion(frame["label"].to_numpy(), frame["prediction"].to_numpy(), len(config.classes))
-    return Result(system, fold, seed, header, frame, matrix, path)
+    return Result(system, fold, seed, header, frame, matrix_of(frame, len(config.classes)), path)
 
 
 def _check_disjoint(results: Iterable[Result]) -> None:

@@ -14,7 +14,7 @@ from gmp_atl.corpora.iemocap import NAME as IEMOCAP
 from gmp_atl.corpora.iemocap import SYNTHETIC_NAME
 from gmp_atl.corpora.ravdess import NAME as RAVDESS
 from gmp_atl.errors import UserError
-from gmp_atl.evaluations import CLUSTERED_ON, SELECTIONS
+from gmp_atl.evaluations import CLUSTERED_ON, SELECTIONS, corpus_label
 from gmp_atl.formats import PREDICTIONS, sha256
 from gmp_atl.provenance import Record
 from gmp_atl.systems import LOSSES
@@ -169,7 +169,7 @@ def _made(description: Description, tested: _Tested | None) -> list[str]:
     clustered_on = CLUSTERED_ON[header["fit_on"]]
     gmps = "none" if header["layer"] is None else f"of layer {header['layer']}, k-means fitted on {clustered_on}"
     return [
-        f"Corpus: {header['corpus']}{'' if header['complete'] else ' (PARTIAL)'}",
+        f"Corpus: {corpus_label(header['corpus'], complete=header['complete'])}",
         f"Trained on all folds but fold {header['fold']}; seed {header['seed']}",
         *lines,
         f"Pseudo-labels (GMPs): {gmps}",

@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from gmp_atl import paper
-from gmp_atl.evaluations import MEASURES, Evaluations
-from gmp_atl.metrics import confusion
+from gmp_atl.evaluations import MEASURES, Evaluations, matrix_of
 from gmp_atl.provenance import Record
 from gmp_atl.statistics import sampling_interval, summarise, t_interval
 from gmp_atl.systems import System, main_system, systems, table_3_systems
@@ -68,7 +67,7 @@ def table4(run: Evaluations) -> Figure:
         summaries = [summarise(run.grid(System(layer=layer, loss="ams"), measure)) for layer in layers]
         means = [np.nan if summary.mean is None else summary.mean for summary in summaries]  # NaN interrupts the line
         deviations = [summary.std_folds or 0.0 for summary in summaries]
-        label = f"this run, {_corpus(run)}, ± std over folds" + (" (not run)" if np.isnan(means).all() else "")
+        label = f"this run, {run.corpus.label}, ± std over folds" + (" (not run)" if np.isnan(means).all() else "")
         axes.errorbar(layers, means, deviations, fmt="o-", color=BLUE, capsize=3, label=label)
         axes.set(xlabel="layer of the GMPs", ylabel=f"{measure} (%)", xticks=layers)
         axes.invert_xaxis()
@@ -84,7 +83,8 @@ def scores(run: Evaluations) -> Figure:
     if not shown:
         return _empty(figure)
     figure.suptitle(
-        f"{_corpus(run)}; rings: folds (means over seeds); dot and bar: mean and 95 % t interval over folds", fontsize=9
+        f"{run.corpus.label}; rings: folds (means over seeds); dot and bar: mean and 95 % t interval over folds",
+        fontsize=9,
     )
     rows = range(len(shown))
     for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
@@ -123,7 +123,7 @@ def folds(run: Evaluations) -> Figure:
             axes.set(xlabel=kind, ylabel=f"{measure} (%)", ylim=(0, 100))
             axes.grid(axis="y", alpha=0.3)
     figure.suptitle(
-        f"{_corpus(run)}; means over seeds; bars of error: 95 % intervals of sampling n utterances", fontsize=9
+        f"{run.corpus.label}; means over seeds; bars of error: 95 % intervals of sampling n utterances", fontsize=9
     )
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
     return figure
@@ -140,7 +140,7 @@ def confusions(run: Evaluations) -> Figure:
     every = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, system in zip(every, shown, strict=False):
         _confusion(axes, run.confusion(system), run.config.classes)
-        axes.set_title(f"{system.label}\n{_corpus(run)}", fontsize=10)
+        axes.set_title(f"{system.label}\n{run.corpus.label}", fontsize=10)
     for axes in every[len(shown) :]:
         axes.remove()
     return figure
@@ -169,7 +169,9 @@ def training(run: Evaluations) -> Figure:
             axes.legend(fontsize=7)
         row[0].set_title(f"{_STAGES[stage]}; n={len(found[stage])} jobs", fontsize=9, loc="left")
     label = main_system(run.config).label
-    figure.suptitle(f"{label}, {_corpus(run)}; mean over folds and seeds, shaded from smallest to largest", fontsize=9)
+    figure.suptitle(
+        f"{label}, {run.corpus.label}; mean over folds and seeds, shaded from smallest to largest", fontsize=9
+    )
     return figure
 
 
@@ -200,7 +202,7 @@ def clusters(run: Evaluations) -> Figure:
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
     jobs = len(main[["fold", "seed"]].drop_duplicates())
-    figure.suptitle(f"{_corpus(run)}, training frames; means over n={jobs} folds × seeds", fontsize=9)
+    figure.suptitle(f"{run.corpus.label}, training frames; means over n={jobs} folds × seeds", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(sizes))
     return figure
 
@@ -272,7 +274,9 @@ def embeddings(run: Evaluations) -> Figure:
             xlabel=f"component 1 ({100 * shares[0]:.0f} % of the variance)",
             ylabel=f"component 2 ({100 * shares[1]:.0f} %)",
         )
-    figure.suptitle(f"{_corpus(run)}, held-out utterances of fold {header['fold']}, seed {header['seed']}", fontsize=9)
+    figure.suptitle(
+        f"{run.corpus.label}, held-out utterances of fold {header['fold']}, seed {header['seed']}", fontsize=9
+    )
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(run.config.classes), fontsize=8)
     return figure
@@ -350,10 +354,6 @@ def _empty(figure: Figure, text: str = "not run") -> Figure:
     return figure
 
 
-def _corpus(run: Evaluations) -> str:
-    return f"{run.corpus.name}{'' if run.corpus.complete else ' (PARTIAL)'}"
-
-
 def _by_fold(run: Evaluations, system: System) -> dict[str, list[np.ndarray]]:
     """Confusion matrices per fold, one of each seed."""
     found: dict[str, list[np.ndarray]] = {}
@@ -367,8 +367,7 @@ def _by_session(run: Evaluations, system: System) -> dict[str, list[np.ndarray]]
     found: dict[tuple[str, int], np.ndarray] = {}
     for result in run.of(system):
         for session, part in result.predictions.groupby("session"):
-            pair = part["label"].to_numpy(), part["prediction"].to_numpy()
-            matrix = confusion(*pair, len(run.config.classes))
+            matrix = matrix_of(part, len(run.config.classes))
             key = (str(session), result.seed)
             found[key] = found[key] + matrix if key in found else matrix
     sessions: dict[str, list[np.ndarray]] = {}

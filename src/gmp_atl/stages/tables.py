@@ -21,9 +21,17 @@ import pandas as pd
 from gmp_atl import paper
 from gmp_atl.claims import claims
 from gmp_atl.config import Config
-from gmp_atl.evaluations import CLUSTERED_ON, MEASURES, SAMPLES_PER_MINUTE, SELECTIONS, Evaluations, load, origin
+from gmp_atl.evaluations import (
+    CLUSTERED_ON,
+    MEASURES,
+    SAMPLES_PER_MINUTE,
+    SELECTIONS,
+    Evaluations,
+    load,
+    matrix_of,
+    origin,
+)
 from gmp_atl.formats import Output, write_text
-from gmp_atl.metrics import confusion
 from gmp_atl.rendering import Cell, Table
 from gmp_atl.statistics import Difference, Evidence, Interval, Summary, paired_difference, summarise
 from gmp_atl.systems import (
@@ -296,10 +304,7 @@ def _per_session(run: Evaluations) -> Table:
         predictions = pd.concat(pieces) if pieces else pd.DataFrame(columns=["session", "seed"])
         for session in sorted(run.corpus.counts["session"].unique()):
             here = predictions[predictions["session"] == session]
-            matrices = [
-                confusion(part["label"].to_numpy(), part["prediction"].to_numpy(), n)
-                for _, part in here.groupby("seed")
-            ]
+            matrices = [matrix_of(part, n) for _, part in here.groupby("seed")]
             means = {
                 measure: _number(fmean(map(compute, matrices)) if matrices else None)
                 for measure, compute in MEASURES.items()
