@@ -156,6 +156,4 @@ def _grid(run: Evaluations, system: System) -> pd.DataFrame:
 
 
 def _of_paper(better: paper.Score, worse: paper.Score) -> float:
-    assert better.uar is not None, "the rows that claims speak of have a UAR"
-    assert worse.uar is not None, "the rows that claims speak of have a UAR"
-    return better.uar - worse.uar
+    return better.minus(worse, "UAR")

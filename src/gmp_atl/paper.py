@@ -27,6 +27,17 @@ class Score:
     uar: float | None
     war: float | None
 
+    def of(self, measure: str) -> float | None:
+        """UAR or WAR."""
+        return {"UAR": self.uar, "WAR": self.war}[measure]
+
+    def minus(self, other: Score, measure: str) -> float:
+        """Difference in points of UAR or WAR, which both must have."""
+        own, theirs = self.of(measure), other.of(measure)
+        assert own is not None, f"a row without {measure}"
+        assert theirs is not None, f"a row without {measure}"
+        return own - theirs
+
 
 @dataclass(frozen=True)
 class System:

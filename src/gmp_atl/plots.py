@@ -62,7 +62,7 @@ def table4(run: Evaluations) -> Figure:
     figure = figure_of(8, 3.6)
     layers = sorted({*paper.TABLE_4, *run.config.tables.layers}, reverse=True)
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-        published = [getattr(score, measure.lower()) for score in paper.TABLE_4.values()]
+        published = [score.of(measure) for score in paper.TABLE_4.values()]
         axes.plot(list(paper.TABLE_4), published, "s--", color=ORANGE, markerfacecolor="white", label="paper, IEMOCAP")
         summaries = [summarise(run.grid(System(layer=layer, loss="ams"), measure)) for layer in layers]
         means = [np.nan if summary.mean is None else summary.mean for summary in summaries]  # NaN interrupts the line

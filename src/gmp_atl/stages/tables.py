@@ -122,7 +122,7 @@ def _table_1(run: Evaluations) -> Table:
 
 def _table_2(run: Evaluations) -> Table:
     def published(name: str, modalities: str, score: paper.Score, source: str) -> Row:
-        figures = {measure: _published(measure, getattr(score, measure.lower())) for measure in MEASURES}
+        figures = {measure: _published(measure, score.of(measure)) for measure in MEASURES}
         return {"Model": name, "Modalities": modalities, **figures, "Source": source, DONE: "published"}
 
     def own(name: str, system: System) -> Row:
@@ -235,8 +235,7 @@ def _effects(run: Evaluations) -> Table:
     ):
         known = table_3_systems(run.config)
         for measure in MEASURES:
-            attribute = measure.lower()
-            published = getattr(paper.TABLE_3[treated], attribute) - getattr(paper.TABLE_3[reference], attribute)
+            published = paper.TABLE_3[treated].minus(paper.TABLE_3[reference], measure)
             own = _paired(run, known[treated], known[reference], measure)
             rows.append({"Effect of": name, "Measure": measure, "Paper": _signed(published), **_difference(own)})
     footer = [
@@ -376,12 +375,13 @@ def _clusters(run: Evaluations) -> Table:
 def _beside_paper(run: Evaluations, system: System, published: paper.Score) -> dict[str, str | Cell]:
     cells: dict[str, str | Cell] = {}
     for measure in MEASURES:
-        theirs = getattr(published, measure.lower())
-        ours = summarise(run.grid(system, measure)).mean
-        comparable = run.comparable and theirs is not None and ours is not None
+        theirs, ours = published.of(measure), summarise(run.grid(system, measure)).mean
+        difference = None
+        if run.comparable and theirs is not None and ours is not None:
+            difference = ours - theirs
         cells[f"{measure} (paper)"] = _number(theirs)
         cells[f"{measure} ±folds ±seeds"] = _spread(measure, run, system)
-        cells[f"{measure} diff."] = _signed(ours - theirs if comparable else None)
+        cells[f"{measure} diff."] = _signed(difference)
     return cells | {DONE: _evaluated(run, system)}
 
 
