@@ -150,7 +150,7 @@ class Table:
 
 
 def show(folder: Path) -> None:
-    """Print Tables 1 to 4 and the effects, as far as `folder` has them, to the terminal."""
+    """Print Tables 1 to 4, the effects and the claims, as far as `folder` has them, to the terminal."""
     from rich.console import Console
     from rich.markdown import Markdown
 

@@ -61,7 +61,7 @@ def evaluation(
         "prediction": [config.classes[index] for index in chosen],
         "scores": list(scores),
     }
-    _, corpus = UTTERANCES.read(utterances, columns=[])
+    corpus = UTTERANCES.open(utterances).header
     PREDICTIONS.write(
         predictions,
         pa.table(rows, schema=PREDICTIONS.schema),

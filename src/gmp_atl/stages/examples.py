@@ -79,14 +79,15 @@ def examples(
 
     chosen = _median_lengths(split, config.classes)
     layer, codebooks = _codebooks(centroids, training, described.encoder)
-    shown = Clips([clips.ids[index] for index in chosen], [clips.local[index] for index in chosen])
+    emotions, local = split.column("emotion"), clips.local
+    shown = Clips([clips.ids[index] for index in chosen], [local[index] for index in chosen])
     labels = _pseudo_labels(after_stage_1, shown, layer, codebooks, config.compute, device)
     found = {
-        "id": [split.ids[index] for index in chosen],
-        "emotion": [split.column("emotion")[index] for index in chosen],
+        "id": shown.ids,
+        "emotion": [emotions[index] for index in chosen],
         "spectrogram": [spectrogram(recording(audio_root, split.utterances, index)).ravel() for index in chosen],
         "labels": labels,
-        "scores": _scores(predictions, config.classes, [split.ids[index] for index in chosen]),
+        "scores": _scores(predictions, config.classes, shown.ids),
     }
     EXAMPLES.write(
         output,

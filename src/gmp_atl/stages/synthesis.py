@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 
 from gmp_atl.corpora.synthetic import synthesise
-from gmp_atl.formats import Output, write_text
+from gmp_atl.formats import Output, sha256, write_text
 
 
 def synthesis(*, output: Output) -> None:
@@ -17,6 +16,5 @@ def synthesis(*, output: Output) -> None:
     rows = csv.writer(index, lineterminator="\n")
     rows.writerow(["path", "sha256"])
     for path in files:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        rows.writerow([path.relative_to(output.parent).as_posix(), digest])
+        rows.writerow([path.relative_to(output.parent).as_posix(), sha256(path)])
     write_text(output, index.getvalue())
