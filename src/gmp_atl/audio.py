@@ -21,6 +21,8 @@ from gmp_atl.errors import UserError
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400
 """Receptive field of one HuBERT frame; a shorter clip has no frame."""
+TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
+"""What is said of such a clip."""
 
 MIN_RATE = 4000
 """Hz; below it there is no speech, and a header that claims 1 Hz would ask for 16000 times the memory."""

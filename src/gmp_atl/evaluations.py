@@ -22,7 +22,7 @@ import pandas as pd
 
 from gmp_atl import metrics, paper, provenance
 from gmp_atl.config import SLICES, Config, identity, slice_for, variant
-from gmp_atl.errors import UserError
+from gmp_atl.errors import UserError, some
 from gmp_atl.formats import (
     CLUSTER_STATISTICS,
     CORPUS_SUMMARY,
@@ -251,7 +251,7 @@ def _choose(config: Config, folder: Path) -> dict[tuple[System, int, int], Path]
             )
         chosen[system, fold, seed] = path
     if ignored:
-        log.warning("Ignored %d prediction files that the config does not ask for: %s", len(ignored), _some(ignored))
+        log.warning("Ignored %d prediction files that the config does not ask for: %s", len(ignored), some(ignored))
     return chosen
 
 
@@ -301,7 +301,3 @@ def _one_of(what: str, values: Iterable[Any]) -> str:
     if len(found) > 1:
         return f"MIXED {what}: {' | '.join(found)}"
     return f"{what[0].upper()}{what[1:]}: {found[0] if found else 'nothing evaluated'}"
-
-
-def _some(paths: list[Path]) -> str:
-    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gmp_atl import audio, classifier, clips, devices, recordings
-from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE, AudioError
+from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE, TOO_SHORT, AudioError
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Clips
 from gmp_atl.config import ComputeConfig
@@ -115,7 +115,7 @@ def _windows(
         try:
             for start, samples in recordings.windows(audio.stream(path, seconds), cut):
                 if len(samples) < MIN_SAMPLES:
-                    raise AudioError(path, "shorter than one HuBERT frame (25 ms)", "there is nothing to score")
+                    raise AudioError(path, TOO_SHORT, "there is nothing to score")
                 [local] = clips.local_features(model.encoder, [samples], [path], normalise=description.normalise_audio)
                 yield path, _Window(start, len(samples), local)
         except AudioError as error:

@@ -13,14 +13,14 @@ import pyarrow as pa
 from gmp_atl import audio
 from gmp_atl.config import GENDERS, CorpusSlice, FoldsConfig
 from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
-from gmp_atl.errors import NOTICE, UserError
+from gmp_atl.errors import NOTICE, UserError, some
 from gmp_atl.folds import check_folds
 from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Output
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-_CLIPPED = 0.01  # share of a clip's samples at full scale, above which it is told
-_TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
+_CLIPPED = 0.01
+"""Share of a clip's samples at full scale, above which it is told."""
 
 
 def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded: Output, summary: Output) -> None:
@@ -88,19 +88,18 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
     with ThreadPoolExecutor(audio.DECODERS) as pool:
         for utterance, result in zip(found.utterances, pool.map(info, found.utterances), strict=True):
             if isinstance(result, audio.AudioError):
-                logger.warning("%s: excluded: %s", utterance.id, result)
+                log.warning("%s: excluded: %s", utterance.id, result)
                 rejected[utterance.id] = result.problem
             elif result.n_samples < audio.MIN_SAMPLES:
-                rejected[utterance.id] = _TOO_SHORT
+                rejected[utterance.id] = audio.TOO_SHORT
             else:
                 usable[utterance.id] = result
                 mixed_down += result.channels > 1
                 clipped += [utterance.id] * (result.clipped > _CLIPPED)
     if mixed_down:
-        logger.log(NOTICE, "%d clips have several channels, which are averaged.", mixed_down)
+        log.log(NOTICE, "%d clips have several channels, which are averaged.", mixed_down)
     if clipped:
-        told = ", ".join(clipped[:3]) + ", ..." * (len(clipped) > 3)
-        logger.log(NOTICE, "%d clips are kept of which over 1 %% is at full scale: %s", len(clipped), told)
+        log.log(NOTICE, "%d clips are kept of which over 1 %% is at full scale: %s", len(clipped), some(clipped))
     return usable, rejected
 
 
@@ -132,8 +131,7 @@ def _refuse_copies(kept: list[Utterance], clips: Mapping[str, audio.AudioInfo], 
             )
         copies.append(f"{each.id} of {other.id}")
     if copies:
-        told = ", ".join(copies[:3]) + ", ..." * (len(copies) > 3)
-        logger.log(NOTICE, "%d clips are copies of others in their fold, sample by sample: %s", len(copies), told)
+        log.log(NOTICE, "%d clips are copies of others in their fold, sample by sample: %s", len(copies), some(copies))
 
 
 def _is_complete(
@@ -153,7 +151,7 @@ def _is_complete(
             "then says that the corpus is partial."
         )
     if differences:
-        logger.warning("%s is partial:\n%s", found.name, _difference_table(differences))
+        log.warning("%s is partial:\n%s", found.name, _difference_table(differences))
     return not differences
 
 
@@ -195,7 +193,7 @@ def _log(
         of_class = [[each for each in utterances if each.emotion == emotion] for emotion in classes]
         minutes = sum(n_samples[each.id] for each in utterances) / audio.SAMPLE_RATE / 60
         rows.append([fold, group, *map(_female_male, of_class), _female_male(utterances), f"{minutes:.1f}"])
-    logger.log(
+    log.log(
         NOTICE,
         "%s: %d utterances of %d speakers; female/male utterances by fold and class:\n%s\nexcluded: %s",
         name,

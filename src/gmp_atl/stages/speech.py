@@ -68,7 +68,7 @@ def _make(path: Path, clip: str, speeds: list[float], audio_root: Path) -> dict[
     for speed in speeds:
         changed, id = audio.at_speed(samples, speed), f"{speed:g}/{clip}"
         if len(changed) < audio.MIN_SAMPLES:
-            return f"shorter than one HuBERT frame (25 ms) at speed {speed:g}"
+            return f"{audio.TOO_SHORT} at speed {speed:g}"
         write_bytes(audio_root / f"{id}.flac", _flac(changed))
         found[id] = len(changed), hashlib.sha256(changed.data).hexdigest()
     return found
