@@ -249,14 +249,12 @@ def _predict(options: argparse.Namespace) -> int:
     from gmp_atl.prediction import command
     from gmp_atl.recordings import Cut
 
-    cut = Cut.of_seconds(options.window, options.hop)
-
     unusable = command(
         options.model,
         options.paths,
         layout=options.format,
         output=options.output,
-        cut=cut,
+        cut=Cut.of_seconds(options.window, options.hop),
         batch_seconds=options.batch_seconds,
         gpus=options.gpus,
     )

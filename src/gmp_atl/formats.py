@@ -32,7 +32,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create
 
 from gmp_atl.errors import UserError
 
-_KEY, _DIGEST = "gmp_atl", "gmp_atl_sha256"
+KEY = "gmp_atl"
+"""Name of this project's JSON object among a file's metadata."""
+_DIGEST = "gmp_atl_sha256"
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on damaged files; ValueError where a name or text is not UTF-8."""
 _READ_AT_ONCE = 2**20
@@ -173,7 +175,7 @@ class Format:
 
             yield append
             text = json.dumps(header, sort_keys=True)
-            file.add_key_value_metadata({_KEY: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()})
+            file.add_key_value_metadata({KEY: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()})
 
     def write(self, path: Path, rows: pa.Table, /, **metadata: Any) -> None:
         """Write all rows atomically, in one row group."""
@@ -193,7 +195,7 @@ class Format:
                 raise UserError(f"{path} {state}; it should hold {self.name}.")
             file = pq.ParquetFile(path, buffer_size=_READ_AT_ONCE)
             texts = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
-            header = _json_object(texts.get(_KEY, "{}"))
+            header = _json_object(texts.get(KEY, "{}"))
             schema = file.schema_arrow
         except _DAMAGE as error:
             raise UserError(
@@ -205,7 +207,7 @@ class Format:
                 f"{path} holds {found[0] or 'an unknown format'} version {found[1]}, but {self.name} version "
                 f"{self.version} is expected; delete it and run snakemake again."
             )
-        if hashlib.sha256(texts[_KEY].encode()).hexdigest() != texts.get(_DIGEST):
+        if hashlib.sha256(texts[KEY].encode()).hexdigest() != texts.get(_DIGEST):
             raise _damaged(path, "its metadata have changed")
         self._check(header, path)
         digests = header.pop("groups")
@@ -299,7 +301,7 @@ def tensor_metadata(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, An
 
     One, because safetensors writes several in any order.
     """
-    return {_KEY: json.dumps({**metadata, "sha256": _tensor_digest(tensors, metadata)}, sort_keys=True)}
+    return {KEY: json.dumps({**metadata, "sha256": _tensor_digest(tensors, metadata)}, sort_keys=True)}
 
 
 def check_tensors(header: Mapping[str, str] | None, tensors: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -309,9 +311,9 @@ def check_tensors(header: Mapping[str, str] | None, tensors: Mapping[str, np.nda
         UserError: metadata or tensors are not as they were written.
         ValueError: the metadata are no JSON object.
     """
-    if not header or _KEY not in header:
+    if not header or KEY not in header:
         return {}
-    metadata = _json_object(header[_KEY])
+    metadata = _json_object(header[KEY])
     if metadata.pop("sha256", None) != _tensor_digest(tensors, metadata):
         raise _damaged(path, "its sha256 has changed")
     return metadata

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gmp_atl.encoder import MODEL_TYPES, Architecture, Encoder, Regularisation
 from gmp_atl.errors import UserError
-from gmp_atl.formats import atomic, check_tensors, tensor_metadata, write_text
+from gmp_atl.formats import KEY, atomic, check_tensors, tensor_metadata, write_text
 
 
 def digest(encoder: Encoder) -> str:
@@ -133,7 +133,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata()
-        own = tensors if header and "gmp_atl" in header else {}  # numpy lacks some types that others use
+        own = tensors if header and KEY in header else {}  # numpy lacks some types that others use
         return tensors, check_tensors(header, _arrays(own), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None

@@ -19,7 +19,9 @@ from gmp_atl.progress import Meter
 
 log = logging.getLogger(__name__)
 _ROW_GROUP_BYTES = 32 * 2**20
+"""From here on features are written: what stages that stream them hold at once."""
 _CLIPS_AT_ONCE = 64
+"""Clips whose convolutions are computed while as many are decoded."""
 
 
 def local_features(

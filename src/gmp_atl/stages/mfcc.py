@@ -18,6 +18,7 @@ from gmp_atl.progress import Meter
 
 _COEFFICIENTS = 13
 _CLIPS_AT_ONCE = 1000
+"""Clips that are held."""
 
 
 def mfcc(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
