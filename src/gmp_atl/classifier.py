@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +106,11 @@ def spec_augment(batch: Batch, config: SpecAugmentConfig, generator: torch.Gener
         return None
     mask = span_mask(batch.lengths, config.probability, config.length, generator, min_spans=2)
     return devices.send(mask, batch.local.device)
+
+
+def numbered(names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Position of each name among the classes, (names,) of int64."""
+    return torch.tensor([classes.index(name) for name in names])
 
 
 def class_weights(labels: Tensor, classes: list[str], kind: str) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from gmp_atl import classifier, devices
@@ -15,7 +14,7 @@ from gmp_atl.config import FinetuningSlice
 from gmp_atl.errors import UserError
 from gmp_atl.folds import held_out_split, training_split
 from gmp_atl.formats import PREDICTIONS, UTTERANCES, Output, write_text
-from gmp_atl.metrics import confusion, uar, war
+from gmp_atl.metrics import confusion_of_names, uar, war
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +53,10 @@ def evaluation(
     clips = Clips.read(local_features, split, encoder=described.encoder)
     network.encoder.cast(devices.dtype(config.compute.precision, device))
     scores = classifier.scores(network.to(device), described, clips, config.compute, device)
-    chosen = scores.argmax(1)
     rows = {
         **{name: split.column(name) for name in ("id", "speaker", "gender", "session")},
         "label": split.column("emotion"),
-        "prediction": [config.classes[index] for index in chosen],
+        "prediction": [config.classes[best] for best in scores.argmax(1)],
         "scores": list(scores),
     }
     corpus = UTTERANCES.open(utterances).header
@@ -78,8 +76,9 @@ def evaluation(
         selection=config.finetuning.selection,
         fit_on=fit_on,
     )
-    labels = np.array([config.classes.index(name) for name in rows["label"]])
-    matrix = confusion(labels, chosen, len(config.classes))
-    figures = {"uar": uar(matrix), "war": war(matrix), "utterances": len(labels), "confusion": matrix.tolist()}
+    matrix = confusion_of_names(rows["label"], rows["prediction"], config.classes)
+    figures = {"uar": uar(matrix), "war": war(matrix), "utterances": len(clips.ids), "confusion": matrix.tolist()}
     write_text(metrics, json.dumps({**figures, "classes": config.classes}, indent=2) + "\n")
-    log.info("fold %d seed %d: UAR %.1f, WAR %.1f on %d clips", fold, seed, figures["uar"], figures["war"], len(labels))
+    log.info(
+        "fold %d seed %d: UAR %.1f, WAR %.1f on %d clips", fold, seed, figures["uar"], figures["war"], len(clips.ids)
+    )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from gmp_atl import classifier, devices, model_files
@@ -56,7 +55,7 @@ def finetuning(
         taken_over = classifier.load_head(model, multitask_head, strict=False)
         whole.refuse_leaks(taken_over["fitted_on"], multitask_head)
         inputs.append(multitask_head / "head.safetensors")
-    labels = _labels(split, config.classes)
+    labels = classifier.numbered(split.column("emotion"), config.classes)
     weights = classifier.class_weights(labels, config.classes, settings.class_weights).to(device)
     labels = labels.to(device)
 
@@ -117,7 +116,7 @@ def _validator(
     model: Classifier, config: FinetuningSlice, local_features: Path, split: Split, encoder: str, device: torch.device
 ) -> Validation:
     clips = Clips.read(local_features, split, encoder=encoder)
-    labels = _labels(split, config.classes).numpy()
+    labels = classifier.numbered(split.column("emotion"), config.classes).numpy()
 
     def validate() -> dict[str, float]:
         outputs = classifier.apply(model, clips, "emotion", config.compute, device)
@@ -125,7 +124,3 @@ def _validator(
         return {"uar": uar(matrix), "war": war(matrix)}
 
     return validate
-
-
-def _labels(split: Split, classes: list[str]) -> Tensor:
-    return torch.tensor([classes.index(name) for name in split.column("emotion")])

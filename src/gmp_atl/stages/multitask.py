@@ -44,8 +44,8 @@ def multitask(
     if frozen:
         backbone.requires_grad_(False)
     model = Classifier(backbone, config.head, {"emotion": len(config.classes), "gender": len(GENDERS)})
-    emotions = torch.tensor([config.classes.index(name) for name in split.column("emotion")])
-    genders = torch.tensor([GENDERS.index(name) for name in split.column("gender")]).to(device)
+    emotions = classifier.numbered(split.column("emotion"), config.classes)
+    genders = classifier.numbered(split.column("gender"), GENDERS).to(device)
     weights = classifier.class_weights(emotions, config.classes, settings.class_weights).to(device)
     emotions = emotions.to(device)
 
