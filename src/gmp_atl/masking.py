@@ -26,11 +26,13 @@ def span_mask(
         (batch, longest clip) of bool, on the CPU.
     """
     mask = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.bool)
-    for row, frames in zip(mask, lengths.tolist(), strict=True):
+    steps, masked = torch.arange(length), []
+    for clip, frames in enumerate(lengths.tolist()):
         span = max(1, min(length, frames - 1))
         starts = frames - span + 1
         wanted = probability * frames / length + torch.rand((), generator=generator).item()
         count = min(max(min_spans, int(wanted)), starts)
         first = torch.randperm(starts, generator=generator)[:count]
-        row[(first[:, None] + torch.arange(span)).flatten()] = True
+        masked.append((first[:, None] + steps[:span]).flatten() + clip * mask.shape[1])
+    mask.view(-1)[torch.cat(masked)] = True
     return mask
