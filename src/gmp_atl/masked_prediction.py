@@ -18,6 +18,10 @@ from gmp_atl.formats import PSEUDO_LABELS
 from gmp_atl.heads import CodebookHeads
 from gmp_atl.training import Terms
 
+_MULTIPLE = 512
+"""A GPU is given a multiple of so many frames, some of which do not count: to prepare a product of a new size takes the
+CPU longer than the product takes."""
+
 
 class MaskedPredictor(nn.Module):
     """Encoder and one head per codebook."""
@@ -54,19 +58,25 @@ def masked_prediction(
     device = local.device
     candidates = torch.arange(mask.shape[1]) < lengths[:, None] if unmasked_weight > 0 else mask
     positions = candidates.flatten().nonzero()[:, 0]  # here, since a GPU would have to be waited for
-    is_masked, chosen = send(mask.flatten()[positions], device), send(positions, device)
+    masked = mask.flatten()[positions]
+    count, n_masked = len(positions), int(mask.sum())
+    weights = torch.where(masked, 1.0, unmasked_weight)
+    if device.type == "cuda":
+        more = torch.arange(-count % _MULTIPLE) % mask.numel()
+        positions = torch.cat([positions, more])
+        masked, weights = (F.pad(each, (0, len(more))) for each in (masked, weights))
+    chosen, is_masked, weight = (send(each, device) for each in (positions, masked, weights))
     logits = model(local, lengths, send(mask, device), chosen)
-    n_masked = int(mask.sum())
     loss = torch.zeros((), device=device)
     quantities = {}
     for size, predicted in logits.items():
         target = targets[size].flatten()[chosen]
         each = F.cross_entropy(predicted.float(), target, reduction="none")
-        loss = loss + (each * torch.where(is_masked, 1.0, unmasked_weight)).sum()
+        loss = loss + (each * weight).sum()
         correct = (predicted.argmax(1) == target) & is_masked
         quantities[f"masked_loss_{size}"] = ((each * is_masked).sum(), n_masked)
         quantities[f"masked_accuracy_{size}"] = (correct.sum(), n_masked)
-    return Terms(loss, len(positions), quantities)
+    return Terms(loss, count, quantities)
 
 
 def check_codebook(path: Path, layer: int, sizes: list[int], encoder: str) -> None:
