@@ -227,13 +227,12 @@ class Trainer:
                 self._add_up(gradients)
                 parts.append(Terms(terms.loss.detach(), terms.count, terms.quantities))
         count = sum(part.count for part in parts)
-        torch._foreach_mul_(list(gradients.values()), 1 / count)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
+        norm = nn.utils.get_total_norm(gradients.values()) / count
         self._settle()
         made = self._measure(parts, count, norm, rate, [self.clips.ids[crop.index] for crop in crops])
-        self._step(rate, made.failed)
+        self._step(rate, count * (norm / self.config.gradient_clip).clamp(min=1), made.failed)
         self._unsettled = made
         self.progress.update += 1
         if self.progress.update in self.after:
@@ -281,8 +280,8 @@ class Trainer:
             parameter.grad = None
 
     @torch.no_grad()
-    def _step(self, rate: float, failed: Tensor) -> None:
-        """Adam, unless the update has failed: then nothing changes.
+    def _step(self, rate: float, divisor: Tensor, failed: Tensor) -> None:
+        """Adam, by the gradients over `divisor`, unless the update has failed: then nothing changes.
 
         Its class, torch.optim.Adam, would import torch's compiler, which every short job would wait for.
         """
@@ -296,6 +295,7 @@ class Trainer:
             [],
             [each.step for each in moments],
             fused=True,
+            grad_scale=divisor,
             found_inf=failed,
             amsgrad=False,
             beta1=0.9,
