@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     HubertConfig,
@@ -329,6 +329,20 @@ def test_packed_clips_hold_the_valid_frames_and_come_back_in_their_places(length
     assert ends[-1] == len(packed) == sum(lengths)
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     assert torch.equal(packing.unpack(packed), padded * valid[..., None])
+
+
+@pytest.mark.parametrize(("width", "groups", "kernel", "frames"), [(96, 4, 16, 50), (32, 2, 7, 20), (48, 16, 128, 128)])
+def test_positions_by_products_are_those_of_the_convolution(tiny_encoder, width, groups, kernel, frames):
+    """As a GPU computes them."""
+    sizes = {"num_conv_pos_embeddings": kernel, "num_conv_pos_embedding_groups": groups}
+    positions = PositionEmbedding(replace(tiny_encoder.architecture, hidden_size=width, **sizes))
+    nn.init.normal_(positions.conv.bias)
+    hidden, gradient = torch.randn(3, frames, width, requires_grad=True), torch.randn(3, frames, width)
+    plain = positions.conv(hidden.transpose(1, 2))[..., :frames].transpose(1, 2)
+    found, wanted = positions._by_products(hidden), [hidden, *positions.parameters()]
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(y, wanted, gradient) for y in (found, plain)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_filters_of_positions_that_were_transformed_before_are_trained_all_the_same(reference):
