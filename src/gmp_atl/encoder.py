@@ -599,9 +599,7 @@ class Attention(nn.Module):
         return gated if attend is None else gated.masked_fill(~attend, -math.inf)
 
     def forward(self, hidden: Tensor, padding: Padding, positions: Tensor | None, dropout: float) -> Tensor:
-        query, key, value = (
-            projection(hidden).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (torch.unflatten(each, -1, (self.heads, -1)) for each in self._projected(hidden))
         if isinstance(padding, Packing):
             packed: Tensor = self.out_proj(padding.attention(query, key, value, dropout).flatten(1))
             return packed
@@ -613,6 +611,16 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _projected(self, hidden: Tensor) -> Iterable[Tensor]:
+        if hidden.device.type == "cpu":
+            return [projection(hidden) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        return F.linear(hidden, *self.stacked()).chunk(3, dim=-1)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias that give queries, keys and values at once: on a GPU three small products take longer."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return torch.cat([each.weight for each in projections]), torch.cat([each.bias for each in projections])
 
 
 def _attended(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
