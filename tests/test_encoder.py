@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -329,6 +330,45 @@ def test_packed_clips_hold_the_valid_frames_and_come_back_in_their_places(length
     assert ends[-1] == len(packed) == sum(lengths)
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     assert torch.equal(packing.unpack(packed), padded * valid[..., None])
+
+
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=80))
+def test_rounded_packing_fills_up_with_a_clip_of_zeros(lengths):
+    packing = Packing.rounded(torch.tensor(lengths), torch.device("cpu"))
+    padded = torch.arange(1, 1 + len(lengths) * max(lengths))[:, None].view(len(lengths), max(lengths), 1)
+    packed, exact = packing.pack(padded), Packing.of(torch.tensor(lengths), torch.device("cpu"))
+    assert torch.equal(packed[: sum(lengths)], exact.pack(padded))
+    assert not packed[sum(lengths) :].any()
+    assert torch.equal(packing.unpack(packed), exact.unpack(exact.pack(padded)))
+    assert sum(lengths) <= len(packed) == packing.size <= max(64 * -(-sum(lengths) // 64), sum(lengths) * 33 / 32)
+    frames = packing.starts.diff()
+    assert frames[: len(lengths)].tolist() == lengths
+    assert frames.sum() == packing.size
+    assert frames.max() <= packing.bound
+    assert packing.starts[0] == 0
+
+
+def test_few_sizes_of_packed_clips_occur():
+    sizes = {Packing.rounded(torch.tensor([frames]), torch.device("cpu")).kind for frames in range(8_193, 16_385)}
+    assert len(sizes) == 32
+
+
+def test_clips_that_are_filled_up_in_training_have_the_states_and_gradients_of_padded_ones(tiny_encoder):
+    def run(hidden, packing, depth, layers):
+        assert packing.size > 30 + 11
+        return layers(hidden, packing)
+
+    encoder, lengths = copy.deepcopy(tiny_encoder).train(), torch.tensor([30, 11])
+    local = torch.randn(2, 30, encoder.architecture.conv_dim[-1])
+    valid = torch.arange(30) < lengths[:, None]
+    found = []
+    for graphs in (None, run):
+        encoder.encoder.graphs = graphs
+        states = encoder(local, lengths)[valid]
+        gradients = torch.autograd.grad(states.square().sum(), [*encoder.encoder.layers.parameters()])
+        found.append((states, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("width", "groups", "kernel", "frames"), [(96, 4, 16, 50), (32, 2, 7, 20), (48, 16, 128, 128)])

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Spoken, Stages
+from torch import Tensor
 from torch.nn import functional as F
 
 from gmp_atl import clips, model_files
-from gmp_atl.encoder import Encoder, PositionEmbedding
+from gmp_atl.encoder import Encoder, Packing, PositionEmbedding, Regularisation
 from gmp_atl.formats import LAYER_FEATURES, read_features
+from gmp_atl.graphs import LayerGraphs, Pass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +72,40 @@ def test_hidden_states_in_bfloat16_point_where_those_of_the_cpu_do(tiny_encoder:
     for layer in layers:
         similarity = F.cosine_similarity(on_gpu[layer].float().cpu(), on_cpu[layer], dim=-1)[valid]
         assert similarity.min() > 0.995, layer
+
+
+def plain(hidden: Tensor, packing: Packing, depth: int, run: Pass) -> Tensor:
+    return run(hidden, packing)
+
+
+def test_replayed_layers_give_the_states_and_gradients_of_plain_ones(tiny_encoder: Encoder) -> None:
+    """With dropout, which a graph draws anew at every pass."""
+    architecture = tiny_encoder.architecture
+    encoders = [Encoder(architecture, Regularisation(0.1, 0.1)).cuda().train() for _ in range(2)]
+    for encoder in encoders:
+        encoder.load_state_dict(tiny_encoder.state_dict())
+        for parameter in encoder.of_transformer():
+            parameter.data = parameter.data.bfloat16()
+    graphs = LayerGraphs(encoders[0].encoder.layers)
+    encoders[0].encoder.graphs, encoders[1].encoder.graphs = graphs, plain
+    for turn in range(10):
+        lengths = [torch.tensor([50, 37, 1 + turn]), torch.tensor([90, 90])][turn % 2]
+        local = torch.randn(len(lengths), int(lengths.max()), architecture.conv_dim[-1]).cuda()
+        valid = torch.arange(local.shape[1]) < lengths[:, None]
+        states = []
+        for encoder in encoders:
+            encoder.zero_grad()
+            torch.manual_seed(turn)
+            states.append(encoder(local, lengths).float()[valid])
+            states[-1].square().sum().backward()
+        torch.testing.assert_close(*states, atol=1e-2, rtol=1e-2)
+        for replayed, parameter in zip(*(encoder.encoder.layers.parameters() for encoder in encoders), strict=True):
+            total = graphs.gradients[replayed] if turn >= 4 else replayed.grad.float()
+            torch.testing.assert_close(
+                total, parameter.grad.float(), atol=2e-2 * float(parameter.grad.abs().max()), rtol=0
+            )
+            graphs.gradients[replayed].zero_()
+    assert [replayed.grad for replayed in encoders[0].encoder.layers.parameters()] == [None] * len(graphs.gradients)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -20,8 +20,9 @@ from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
-_ENOUGH = {"cpu": 16.0, "cuda": 80.0}
-"""Seconds of audio in a group, by kind of device, with which matrix products run at their full speed."""
+_ENOUGH = {"cpu": 16.0, "cuda": math.inf}
+"""Seconds of audio in a group, by kind of device, with which matrix products run at their full speed. On a GPU another
+group costs more than padding."""
 _SECONDS_TOGETHER = 160.0
 """Of audio, whose convolutions a GPU computes at once: 0.5 GB pass from the first to the second."""
 _POOL = 50

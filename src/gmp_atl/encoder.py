@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from gmp_atl import devices
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.errors import UserError
+from gmp_atl.graphs import LayerGraphs
 from gmp_atl.linear import Linear, linear
 
 CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -204,13 +205,24 @@ class Encoder(nn.Module):
             hidden = hidden.masked_fill(~valid[..., None], 0.0)
             return self.encoder(hidden, self._padding(valid, lengths, held), self.depths(layers), regularisation)
 
+    def replay(self) -> LayerGraphs:
+        """Train the layers by CUDA graphs from now on, on weights rounded to bfloat16, which stay where they are.
+
+        Returns:
+            What holds the gradients of the layers' parameters, which get none themselves.
+        """
+        self.encoder.graphs = LayerGraphs(self.encoder.layers)
+        return self.encoder.graphs
+
     def _padding(self, valid: Tensor, lengths: Tensor, held: torch.dtype) -> Padding:
         """None where no clip is padded, which lets the fastest kernels run."""
+        if self.encoder.graphs and self.training:
+            return Packing.rounded(lengths, valid.device)
         if int(lengths.min()) == valid.shape[1]:
             return None
-        return Packing.of(lengths, valid.device) if self._packs(valid.device, held) else valid[:, None, None, :]
+        return Packing.of(lengths, valid.device) if self.packs(valid.device, held) else valid[:, None, None, :]
 
-    def _packs(self, device: torch.device, held: torch.dtype) -> bool:
+    def packs(self, device: torch.device, held: torch.dtype) -> bool:
         """Whether padding is left out of all layers, and not of attention alone."""
         if self.architecture.num_buckets is not None:
             return False
@@ -236,9 +248,14 @@ class Packing:
     rows: Tensor
     """Of the valid frames, counted through the padded batch, (valid frames,)."""
     starts: Tensor
-    """Of each clip among them, and their number, (clips + 1,) of int32."""
+    """Of each clip among them, and their number, (clips + 1,) of int32; more if rounded."""
+    clips: int
     longest: int
-    """Frames of the longest clip."""
+    """Frames of the longest clip: the padded batch is (clips, longest, ...)."""
+    size: int
+    """Frames once packed."""
+    bound: int
+    """No clip has more frames."""
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device) -> Packing:
@@ -246,16 +263,42 @@ class Packing:
         longest = int(lengths.max())
         rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(devices.send(rows, device), devices.send(starts, device), longest)
+        return cls(devices.send(rows, device), devices.send(starts, device), len(lengths), longest, len(rows), longest)
+
+    @classmethod
+    def rounded(cls, lengths: Tensor, device: torch.device) -> Packing:
+        """With zeros behind the last clip, as one more clip, so that few sizes occur, each again and again.
+
+        Likewise of few numbers of clips, those added having no frames.
+        """
+        longest, size = int(lengths.max()), int(lengths.sum())
+        step = max(64, 1 << size.bit_length() >> 6)  # 32 sizes up to the next power of two
+        rounded = -(-size // step) * step
+        starts = torch.full((-(-(len(lengths) + 2) // 64) * 64,), rounded, dtype=torch.int32)
+        starts[: len(lengths) + 1] = F.pad(lengths.cumsum(0), (1, 0))
+        rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        bound = max(512, 1 << (longest - 1).bit_length(), step)
+        return cls(devices.send(rows, device), devices.send(starts, device), len(lengths), longest, rounded, bound)
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """Where it is equal, attention runs the same kernels."""
+        return self.size, len(self.starts), self.bound
+
+    def at(self, starts: Tensor) -> Packing:
+        """The same with starts that are kept elsewhere."""
+        return replace(self, starts=starts)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(clips, frames, ...) to (valid frames, ...)."""
-        return padded.flatten(0, 1)[self.rows]
+        """(clips, frames, ...) to (size, ...)."""
+        packed = padded.flatten(0, 1)[self.rows]
+        return F.pad(packed, (0, 0) * (packed.ndim - 1) + (0, self.size - len(self.rows)))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The reverse, zero where padded."""
-        padded = packed.new_zeros((len(self.starts) - 1) * self.longest, *packed.shape[1:])
-        return padded.index_copy(0, self.rows, packed).view(-1, self.longest, *packed.shape[1:])
+        padded = packed.new_zeros(self.clips * self.longest, *packed.shape[1:])
+        padded = padded.index_copy(0, self.rows, packed[: len(self.rows)])
+        return padded.view(self.clips, self.longest, *packed.shape[1:])
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Each clip within itself: (valid frames, heads, width of a head) each, and so the result."""
@@ -266,7 +309,7 @@ class Packing:
                 found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)[0].transpose(0, 1))
             return torch.cat(found)
         # torch.nn.attention.varlen_attn is this without dropout.
-        around = self.starts, self.starts, self.longest, self.longest
+        around = self.starts, self.starts, self.bound, self.bound
         mixed: Tensor = torch.ops.aten._flash_attention_forward(query, key, value, *around, dropout, False, False)[0]
         return mixed
 
@@ -431,6 +474,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             TransformerLayer(architecture, first=depth == 0) for depth in range(architecture.num_hidden_layers)
         )
+        self.graphs: LayerGraphs | None = None
+        """Of the layers in training, if it is to replay them."""
 
     def forward(
         self, hidden: Tensor, padding: Padding, depths: dict[int, int], regularisation: Regularisation
@@ -443,17 +488,32 @@ class Transformer(nn.Module):
         positions = first.attention.positions(hidden.shape[1])
         if isinstance(padding, Packing):
             hidden = padding.pack(hidden)
-        states: dict[int, Tensor] = {}
-        for depth, layer in enumerate(self.layers[: max(depths.values())], start=1):
-            if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
-                hidden = layer(hidden, padding, positions, regularisation)
-            states[depth] = hidden
+        last = max(depths.values())
+
+        def run(hidden: Tensor, padding: Padding) -> dict[int, Tensor]:
+            return self._states(hidden, padding, positions, regularisation, last)
+
+        if self.graphs and self.training and isinstance(padding, Packing) and len(depths) == 1:
+            states = {last: self.graphs(hidden, padding, last, lambda *packed: run(*packed)[last])}
+        else:
+            states = run(hidden, padding)
         if self.pre_norm and len(self.layers) in states:
-            states[len(self.layers)] = self.layer_norm(hidden)
+            states[len(self.layers)] = self.layer_norm(states[len(self.layers)])
         found = {layer: states[depth] for layer, depth in depths.items()}
         if isinstance(padding, Packing):
             return {layer: padding.unpack(state) for layer, state in found.items()}
         return found
+
+    def _states(
+        self, hidden: Tensor, padding: Padding, positions: Tensor | None, regularisation: Regularisation, last: int
+    ) -> dict[int, Tensor]:
+        """Of each depth from 1 to `last`."""
+        states = {}
+        for depth, layer in enumerate(self.layers[:last], start=1):
+            if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
+                hidden = layer(hidden, padding, positions, regularisation)
+            states[depth] = hidden
+        return states
 
 
 class PositionEmbedding(nn.Module):

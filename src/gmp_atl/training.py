@@ -33,6 +33,7 @@ from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY, remove_partial, sha256
+from gmp_atl.graphs import LayerGraphs
 from gmp_atl.model_files import load_tensors, save_tensors
 from gmp_atl.progress import PROGRESS_SECONDS, clock
 from gmp_atl.randomness import Key
@@ -161,6 +162,10 @@ class Trainer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
         self._rounded = self._to_round()
+        self._graphs = self._to_replay()
+        kept = {parameter: part for graphs in self._graphs for parameter, part in graphs.gradients.items()}
+        self._kept = {name: kept[parameter] for name, parameter in self.parameters.items() if parameter in kept}
+        """Gradients that are added up in the same place at every update."""
         self.progress = Progress()
         self._unsettled: Unsettled | None = None
         self._order: tuple[int, list[list[int]]] = (-1, [])
@@ -217,7 +222,9 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = None
         parts: list[Terms] = []
-        gradients: dict[str, Tensor] = {}
+        gradients = dict(self._kept)
+        for graphs in self._graphs:
+            graphs.total.zero_()
         with self._rounding():
             for members in within_budget(crops, self.compute.batch_seconds, self.device):
                 batch = collate(self.clips, members)
@@ -229,7 +236,8 @@ class Trainer:
         count = sum(part.count for part in parts)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
-        norm = nn.utils.get_total_norm(gradients.values()) / count
+        others = [gradient for name, gradient in gradients.items() if name not in self._kept]
+        norm = nn.utils.get_total_norm([*others, *(graphs.total for graphs in self._graphs)]) / count
         self._settle()
         made = self._measure(parts, count, norm, rate, [self.clips.ids[crop.index] for crop in crops])
         self._step(rate, count * (norm / self.config.gradient_clip).clamp(min=1), made.failed)
@@ -248,6 +256,16 @@ class Trainer:
         encoders = [module for module in self.model.modules() if isinstance(module, Encoder)]
         parameters = [parameter for encoder in encoders for parameter in encoder.of_transformer()]
         return [(each, torch.empty_like(each, dtype=self.precision, requires_grad=False)) for each in parameters]
+
+    def _to_replay(self) -> list[LayerGraphs]:
+        """Let layers whose clips are packed on a GPU be replayed."""
+        graphs = []
+        for encoder in (module for module in self.model.modules() if isinstance(module, Encoder)):
+            trained = all(parameter.requires_grad for parameter in encoder.encoder.layers.parameters())
+            same_layers = trained and not encoder.regularisation.layerdrop
+            if same_layers and self.device.type == "cuda" and encoder.packs(self.device, self.precision):
+                graphs.append(encoder.replay())
+        return graphs
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
