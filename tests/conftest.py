@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, from_scratch
 from gmp_atl.formats import HISTORY, LAYER_FEATURES, LOCAL_FEATURES, UTTERANCES, feature_rows
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 # The same examples in every run, and no verdict from a clock: a busy machine must not fail a test.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")

@@ -16,7 +16,7 @@ from conftest import Spoken, Stages
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmp_atl import clips, model_files
+from gmp_atl import clips, devices, model_files
 from gmp_atl.encoder import Encoder, Packing, PositionEmbedding, Regularisation
 from gmp_atl.formats import LAYER_FEATURES, read_features
 from gmp_atl.graphs import LayerGraphs, Pass
@@ -78,8 +78,11 @@ def plain(hidden: Tensor, packing: Packing, depth: int, run: Pass) -> Tensor:
     return run(hidden, packing)
 
 
-def test_replayed_layers_give_the_states_and_gradients_of_plain_ones(tiny_encoder: Encoder) -> None:
+@pytest.mark.parametrize("fuses", [False, True])
+def test_replayed_layers_give_the_states_and_gradients_of_plain_ones(tiny_encoder: Encoder, fuses: bool) -> None:
     """With dropout, which a graph draws anew at every pass."""
+    if fuses and not devices.builds_kernels(torch.device("cuda")):
+        pytest.skip("Triton needs a C compiler, and finds none")
     architecture = tiny_encoder.architecture
     encoders = [Encoder(architecture, Regularisation(0.1, 0.1)).cuda().train() for _ in range(2)]
     for encoder in encoders:
@@ -88,6 +91,7 @@ def test_replayed_layers_give_the_states_and_gradients_of_plain_ones(tiny_encode
             parameter.data = parameter.data.bfloat16()
     graphs = LayerGraphs(encoders[0].encoder.layers)
     encoders[0].encoder.graphs, encoders[1].encoder.graphs = graphs, plain
+    encoders[0].encoder.fuses = encoders[1].encoder.fuses = fuses
     for turn in range(10):
         lengths = [torch.tensor([50, 37, 1 + turn]), torch.tensor([90, 90])][turn % 2]
         local = torch.randn(len(lengths), int(lengths.max()), architecture.conv_dim[-1]).cuda()

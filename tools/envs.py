@@ -31,6 +31,7 @@ ENVIRONMENTS = {
         "soundfile",
         "torch",
         "torchaudio",
+        "triton",
     ],
     # No torch: it and faiss bring two OpenMP libraries and two CUDA versions, which crash in one process.
     "faiss": [

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from gmp_atl.errors import CPU_PROFILE, UserError
+
+log = logging.getLogger(__name__)
 
 
 def resolve(gpus: int, otherwise: str = CPU_PROFILE) -> torch.device:
@@ -53,6 +58,23 @@ def attends_to_packed(device: torch.device) -> bool:
     """Whether torch has FlashAttention there, for half precision: NVIDIA's GPUs since Ampere."""
     available = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
     return available and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def builds_kernels(device: torch.device) -> bool:
+    """Whether Triton, which comes with torch for GPUs, can build the kernels of `fused`."""
+    try:
+        from gmp_atl import fused
+
+        fused.activated(torch.zeros(1, 8, device=device), torch.nn.Linear(8, 8, device=device), 0.0)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        log.warning(
+            "Training uses torch's kernels and takes longer, since Triton cannot build others (%s). It needs a C "
+            "compiler, such as gcc, and Python's header files.",
+            str(error).strip().partition("\n")[0],
+        )
+        return False
+    return True
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -205,13 +205,14 @@ class Encoder(nn.Module):
             hidden = hidden.masked_fill(~valid[..., None], 0.0)
             return self.encoder(hidden, self._padding(valid, lengths, held), self.depths(layers), regularisation)
 
-    def replay(self) -> LayerGraphs:
+    def replay(self, device: torch.device) -> LayerGraphs:
         """Train the layers by CUDA graphs from now on, on weights rounded to bfloat16, which stay where they are.
 
         Returns:
             What holds the gradients of the layers' parameters, which get none themselves.
         """
         self.encoder.graphs = LayerGraphs(self.encoder.layers)
+        self.encoder.fuses = not self.encoder.pre_norm and devices.builds_kernels(device)
         return self.encoder.graphs
 
     def _padding(self, valid: Tensor, lengths: Tensor, held: torch.dtype) -> Padding:
@@ -476,6 +477,8 @@ class Transformer(nn.Module):
         )
         self.graphs: LayerGraphs | None = None
         """Of the layers in training, if it is to replay them."""
+        self.fuses = False
+        """Whether it also is to use the kernels of `fused`."""
 
     def forward(
         self, hidden: Tensor, padding: Padding, depths: dict[int, int], regularisation: Regularisation
@@ -510,7 +513,9 @@ class Transformer(nn.Module):
         """Of each depth from 1 to `last`."""
         states = {}
         for depth, layer in enumerate(self.layers[:last], start=1):
-            if not (self.training and torch.rand(()).item() < regularisation.layerdrop):
+            if self.fuses and self.training and isinstance(padding, Packing):
+                hidden = layer.fused(hidden, padding, regularisation)  # type: ignore[operator]
+            elif not (self.training and torch.rand(()).item() < regularisation.layerdrop):
                 hidden = layer(hidden, padding, positions, regularisation)
             states[depth] = hidden
         return states
@@ -728,6 +733,18 @@ class TransformerLayer(nn.Module):
         hidden = self.layer_norm(hidden + drop(mixed, dropout))
         out: Tensor = self.final_layer_norm(hidden + self.feed_forward(hidden, dropout))
         return out
+
+    def fused(self, hidden: Tensor, packing: Packing, regularisation: Regularisation) -> Tensor:
+        """The same of packed frames in training, on a GPU, with normalisation behind; dropout draws other numbers."""
+        from gmp_atl import fused  # needs Triton, which torch brings along for GPUs only
+
+        dropout, feed_forward = regularisation.dropout, self.feed_forward
+        projected = fused.projected(hidden, *self.attention.stacked()).view(len(hidden), 3, self.attention.heads, -1)
+        query, key, value = projected.unbind(1)
+        mixed = packing.attention(query, key, value, regularisation.attention_dropout).flatten(1)
+        hidden = fused.added(hidden, mixed, self.attention.out_proj, self.layer_norm, dropout)
+        inner = fused.activated(hidden, feed_forward.intermediate_dense, dropout)
+        return fused.added(hidden, inner, feed_forward.output_dense, self.final_layer_norm, dropout)
 
 
 def drop(hidden: Tensor, probability: float) -> Tensor:

@@ -264,7 +264,7 @@ class Trainer:
             trained = all(parameter.requires_grad for parameter in encoder.encoder.layers.parameters())
             same_layers = trained and not encoder.regularisation.layerdrop
             if same_layers and self.device.type == "cuda" and encoder.packs(self.device, self.precision):
-                graphs.append(encoder.replay())
+                graphs.append(encoder.replay(self.device))
         return graphs
 
     @contextmanager
