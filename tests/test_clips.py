@@ -51,6 +51,22 @@ def test_local_features_of_many_clips_are_those_of_each_alone(tiny_encoder, monk
         torch.testing.assert_close(one.float(), other, atol=1e-3, rtol=1e-3)
 
 
+def test_a_clip_longer_than_a_group_is_computed_in_stretches(tiny_encoder, monkeypatch):
+    """What it takes of a GPU's memory is not to grow with a recording."""
+    together, seconds = tiny_encoder.feature_extractor.together, []
+
+    def watch(audio, lengths):
+        seconds.append(audio.numel() / 16_000)
+        return together(audio, lengths)
+
+    monkeypatch.setattr(clips_module, "_SECONDS_TOGETHER", 0.5)
+    monkeypatch.setattr(tiny_encoder.feature_extractor, "together", watch)
+    with torch.inference_mode():
+        found, _ = clips_module._together(tiny_encoder, [torch.ones(n) for n in (4000, 32_000, 4000)], CPU)
+    assert list(map(len, found)) == [12, 99, 12]
+    assert 0 < max(seconds) <= 0.52
+
+
 def test_a_clip_whose_features_float16_cannot_hold_is_named(tiny_encoder):
     sources = [Path("a.wav"), Path("b.wav"), Path("c.wav")]
     waves = [np.full(8000, value, np.float32) for value in (0.1, np.inf, 0.1)]

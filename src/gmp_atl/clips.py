@@ -84,9 +84,12 @@ def _together(encoder: Encoder, waveforms: Sequence[Tensor], device: torch.devic
     crops = [Crop(index, 0, n_frames(len(waveform))) for index, waveform in enumerate(waveforms)]
     for group in within_budget(crops, _SECONDS_TOGETHER, device):
         indices, frames = [crop.index for crop in group], [crop.length for crop in group]
-        padded = nn.utils.rnn.pad_sequence([waveforms[index] for index in indices], batch_first=True)
-        lengths = torch.tensor([len(waveforms[index]) for index in indices])
-        features = encoder.feature_extractor.together(*(devices.send(each, device) for each in (padded, lengths)))
+        if frames[0] * FRAME_SECONDS > _SECONDS_TOGETHER:  # it stands alone, and would take any amount of memory
+            features = encoder.local_features(devices.send(waveforms[indices[0]], device))[None]
+        else:
+            padded = nn.utils.rnn.pad_sequence([waveforms[index] for index in indices], batch_first=True)
+            lengths = torch.tensor([len(waveforms[index]) for index in indices])
+            features = encoder.feature_extractor.together(*(devices.send(each, device) for each in (padded, lengths)))
         valid = [each[:length] for each, length in zip(features.half(), frames, strict=True)]
         are_finite = torch.stack([each.isfinite().all() for each in valid])
         for index, each in zip(indices, torch.split(torch.cat(valid).cpu(), frames), strict=True):
