@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -261,10 +261,8 @@ class Packing:
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device) -> Packing:
         """Args: lengths: valid frames per clip, on the CPU."""
-        longest = int(lengths.max())
-        rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(devices.send(rows, device), devices.send(starts, device), len(lengths), longest, len(rows), longest)
+        return cls._with(lengths, starts, device, int(lengths.sum()), int(lengths.max()))
 
     @classmethod
     def rounded(cls, lengths: Tensor, device: torch.device) -> Packing:
@@ -277,18 +275,19 @@ class Packing:
         rounded = -(-size // step) * step
         starts = torch.full((-(-(len(lengths) + 2) // 64) * 64,), rounded, dtype=torch.int32)
         starts[: len(lengths) + 1] = F.pad(lengths.cumsum(0), (1, 0))
-        rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
         bound = max(512, 1 << (longest - 1).bit_length(), step)
-        return cls(devices.send(rows, device), devices.send(starts, device), len(lengths), longest, rounded, bound)
+        return cls._with(lengths, starts, device, rounded, bound)
+
+    @classmethod
+    def _with(cls, lengths: Tensor, starts: Tensor, device: torch.device, size: int, bound: int) -> Packing:
+        longest = int(lengths.max())
+        rows = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        return cls(devices.send(rows, device), devices.send(starts, device), len(lengths), longest, size, bound)
 
     @property
     def kind(self) -> tuple[int, int, int]:
         """Where it is equal, attention runs the same kernels."""
         return self.size, len(self.starts), self.bound
-
-    def at(self, starts: Tensor) -> Packing:
-        """The same with starts that are kept elsewhere."""
-        return replace(self, starts=starts)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(clips, frames, ...) to (size, ...)."""

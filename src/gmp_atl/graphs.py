@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,7 @@ class _Graph:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         came = self.hidden.data.requires_grad_()  # its version counts alone, not with the other frames'
         with torch.cuda.graph(self.forward, pool=pool):
-            found = run(came, packing.at(self.starts))
+            found = run(came, replace(packing, starts=self.starts))
             self.found.copy_(found.detach())
         with torch.cuda.graph(self.backward, pool=pool):
             of_hidden, *of_parameters = torch.autograd.grad(found, [came, *gradients], self.gradient)
