@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gmp_atl.architecture import Architecture
 from gmp_atl.clips import Clips
 from gmp_atl.config import ComputeConfig, OptimisationConfig
-from gmp_atl.encoder import CONV_KERNELS, Architecture, Encoder
+from gmp_atl.encoder import Encoder
+from gmp_atl.frames import CONV_KERNELS
 from gmp_atl.randomness import Key
 from gmp_atl.training import Trainer
 

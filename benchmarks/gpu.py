@@ -306,6 +306,7 @@ def passes(plan: Plan, folder: Path) -> sides.Work:
     import torch
 
     from gmp_atl import clips, devices, model_files
+    from gmp_atl.frames import FRAME_SECONDS
 
     device, budget = torch.device(plan.device), workload.setting("layer_features").compute.batch_seconds
     corpus = training.clips(folder)
@@ -316,7 +317,7 @@ def passes(plan: Plan, folder: Path) -> sides.Work:
     def work() -> float:
         for batch in clips.passes(corpus, budget, device):
             model.hidden_states(batch.local, batch.lengths, workload.LAYERS)
-        return float(corpus.lengths.sum()) * clips.FRAME_SECONDS
+        return float(corpus.lengths.sum()) * FRAME_SECONDS
 
     return work
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gmp_atl import encoder, nearest
+from gmp_atl import convolutions, encoder, nearest
 from gmp_atl.config import ScratchEncoderConfig
 from gmp_atl.heads import BiLSTM
 
@@ -77,7 +77,7 @@ def positions(config: ScratchEncoderConfig) -> None:
 @torch.inference_mode()
 def convolution() -> None:
     """One of the convolutions of base over a clip, as matrix products."""
-    layer = encoder.ConvLayer(encoder.from_scratch(BASE).architecture, 512, 512, kernel=3, stride=2, first=False)
+    layer = convolutions.ConvLayer(encoder.from_scratch(BASE).architecture, 512, 512, kernel=3, stride=2, first=False)
     layer.conv.weight.data = layer.conv.weight.transpose(1, 2).contiguous().transpose(1, 2)  # as arranged
     hidden = torch.randn(4096, 512)
     compare(

@@ -112,7 +112,7 @@ def peer_retraining(amount: Amount) -> sides.Side:
         from torch.nn import functional as F
         from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-        from gmp_atl.encoder import n_frames
+        from gmp_atl.frames import n_frames
 
         heads = nn.ModuleList(nn.Linear(workload.DIMENSIONS, 256) for _ in SIZES)
         codebooks = nn.ParameterList(torch.randn(size, 256) for size in SIZES)
@@ -156,7 +156,7 @@ def peer_finetuning(amount: Amount) -> sides.Side:
         import torch
         from torch.nn import functional as F
 
-        from gmp_atl.encoder import n_frames
+        from gmp_atl.frames import n_frames
 
         peer = Peer(folder, utterance_head(), amount.device)
         peer.model.train()
@@ -180,7 +180,7 @@ def peer_evaluation(device: str) -> sides.Side:
     def side(folder: Path) -> sides.Work:
         import torch
 
-        from gmp_atl.encoder import n_frames
+        from gmp_atl.frames import n_frames
 
         peer = Peer(folder, utterance_head(), device)
         peer.model.train(mode=False)

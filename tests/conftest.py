@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, Phase, settings
 
 from gmp_atl import audio, model_files
 from gmp_atl import config as configs
-from gmp_atl.encoder import HOP, RECEPTIVE_FIELD, Encoder, from_scratch
+from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.formats import HISTORY, LAYER_FEATURES, LOCAL_FEATURES, UTTERANCES, feature_rows
+from gmp_atl.frames import HOP, RECEPTIVE_FIELD
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from gmp_atl import clips as clips_module
 from gmp_atl import formats
 from gmp_atl.audio import AudioError
-from gmp_atl.clips import FRAME_SECONDS, Clips, Crop, collate, epoch_batches, random_crops, whole, within_budget
+from gmp_atl.clips import Clips, Crop, collate, epoch_batches, random_crops, whole, within_budget
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import UserError
 from gmp_atl.folds import everything, training_split
 from gmp_atl.formats import LAYER_FEATURES, append_features, feature_rows, read_features, stream_features
+from gmp_atl.frames import FRAME_SECONDS
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 80), min_size=1, max_size=40)

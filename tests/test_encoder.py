@@ -31,18 +31,11 @@ from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch
 from gmp_atl.config import HeadConfig, ScratchEncoderConfig
-from gmp_atl.encoder import (
-    HOP,
-    RECEPTIVE_FIELD,
-    Encoder,
-    Packing,
-    PositionEmbedding,
-    Regularisation,
-    drop,
-    from_scratch,
-    n_frames,
-)
+from gmp_atl.encoder import Encoder, Regularisation, drop, from_scratch
 from gmp_atl.errors import UserError
+from gmp_atl.frames import HOP, RECEPTIVE_FIELD, n_frames
+from gmp_atl.packing import Packing
+from gmp_atl.positions import PositionEmbedding
 
 transformers_logging.disable_progress_bar()
 

@@ -17,9 +17,9 @@ from hypothesis.extra.numpy import arrays
 from sklearn.decomposition import PCA
 
 from gmp_atl import model_files
-from gmp_atl.encoder import n_frames
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import EMBEDDINGS, EXAMPLES, PREDICTIONS, UTTERANCES
+from gmp_atl.frames import n_frames
 from gmp_atl.stages.examples import FLOOR, examples, principal_plane, spectrogram
 
 finite = st.floats(-100, 100, width=32)

@@ -32,8 +32,8 @@ from faults import PRELOADED, Fault, job
 
 from gmp_atl import cli
 from gmp_atl import config as configs
-from gmp_atl.encoder import MFCC, n_frames
-from gmp_atl.formats import FUNCTIONALS, PSEUDO_LABELS, UTTERANCES
+from gmp_atl.formats import FUNCTIONALS, MFCC, PSEUDO_LABELS, UTTERANCES
+from gmp_atl.frames import n_frames
 from gmp_atl.model_files import load_tensors
 from gmp_atl.provenance import Record
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmp_atl import devices, fused
-from gmp_atl.encoder import Encoder, Packing, Regularisation
+from gmp_atl.encoder import Encoder, Regularisation
+from gmp_atl.packing import Packing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(

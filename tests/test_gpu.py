@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmp_atl import clips, devices, model_files
-from gmp_atl.encoder import Encoder, Packing, PositionEmbedding, Regularisation
+from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.formats import LAYER_FEATURES, read_features
 from gmp_atl.graphs import LayerGraphs, Pass
+from gmp_atl.packing import Packing
+from gmp_atl.positions import PositionEmbedding
 
 pytestmark = [
     pytest.mark.gpu,

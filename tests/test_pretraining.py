@@ -18,10 +18,11 @@ from transformers import HubertModel
 
 from gmp_atl import config as configs
 from gmp_atl import model_files, training
-from gmp_atl.audio import SAMPLE_RATE, at_speed
-from gmp_atl.encoder import MFCC, Encoder, from_scratch, n_frames
+from gmp_atl.audio import at_speed
+from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.errors import LeakageError, UserError
-from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, PROBES, UTTERANCES, read_features
+from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, MFCC, PROBES, UTTERANCES, read_features
+from gmp_atl.frames import SAMPLE_RATE, n_frames
 from gmp_atl.stages.clustering import clustering
 from gmp_atl.stages.layer_features import layer_features
 from gmp_atl.stages.local_features import local_features

@@ -17,9 +17,9 @@ import numpy as np
 import soundfile
 
 from gmp_atl.errors import UserError
+from gmp_atl.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
-SAMPLE_RATE = 16_000
-MIN_SAMPLES = 400
+MIN_SAMPLES = RECEPTIVE_FIELD
 """Receptive field of one HuBERT frame; a shorter clip has no frame."""
 TOO_SHORT = "shorter than one HuBERT frame (25 ms)"
 """What is said of such a clip."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gmp_atl import audio, devices
-from gmp_atl.audio import SAMPLE_RATE, AudioError
-from gmp_atl.encoder import HOP, Encoder, n_frames
+from gmp_atl.audio import AudioError
+from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.folds import Split
 from gmp_atl.formats import LOCAL_FEATURES, read_features, stream_features
+from gmp_atl.frames import FRAME_SECONDS, HOP, SAMPLE_RATE, n_frames
 
-FRAME_SECONDS = HOP / SAMPLE_RATE
 _ENOUGH = {"cpu": 16.0, "cuda": math.inf}
 """Seconds of audio in a group, by kind of device, with which matrix products run at their full speed. On a GPU another
 group costs more than padding."""

@@ -392,6 +392,8 @@ LAYER_FEATURES = Format(
     },
     compression="none",
 )
+MFCC = "MFCC"
+"""Stands for the encoder of layer features that were made without one; their layer is 0."""
 PSEUDO_LABELS = Format(
     "pseudo_labels",
     _schema(id=pa.string(), labels=pa.list_(pa.field("item", pa.uint16(), nullable=False))),

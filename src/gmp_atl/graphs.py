@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from gmp_atl.encoder import Packing
+from gmp_atl.packing import Packing
 
 _BEFORE = 2
 """Passes over as many frames before one is recorded, which takes as long as several."""
 
-Pass = Callable[[Tensor, "Packing"], Tensor]
+Pass = Callable[[Tensor, Packing], Tensor]
 """Of packed frames through the layers, (frames, width)."""
 
 

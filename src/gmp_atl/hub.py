@@ -27,12 +27,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from gmp_atl import classifier
-from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE
+from gmp_atl.architecture import Architecture
+from gmp_atl.audio import MIN_SAMPLES
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.config import HeadConfig
-from gmp_atl.encoder import Architecture, Encoder
+from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.formats import atomic_folder, write_text
+from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.heads import UtteranceHead
 from gmp_atl.model_card import model_card
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gmp_atl.encoder import MODEL_TYPES, Architecture, Encoder, Regularisation
+from gmp_atl.architecture import MODEL_TYPES, Architecture
+from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
 from gmp_atl.formats import KEY, atomic, check_tensors, tensor_metadata, write_text
 

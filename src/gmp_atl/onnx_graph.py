@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
-from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.encoder import Regularisation
+from gmp_atl.frames import SAMPLE_RATE
 
 _OPSET = 17
 """The first with layer normalisation."""

@@ -18,6 +18,7 @@ import pandas as pd
 
 from gmp_atl import paper
 from gmp_atl.evaluations import MEASURES, Evaluations, matrix_of
+from gmp_atl.frames import FRAME_SECONDS
 from gmp_atl.provenance import Record
 from gmp_atl.statistics import sampling_interval, summarise, t_interval
 from gmp_atl.systems import System, main_system, systems, table_3_systems
@@ -51,8 +52,6 @@ _STAGES = {
     "retraining": "stage 3: masked prediction of the GMPs",
     "finetuning": "stage 4: fine-tuning",
 }
-_FRAME_SECONDS = 0.02
-"""As `clips.FRAME_SECONDS`, which comes with torch."""
 _POINTS = 200
 """Of a training curve; more updates are averaged."""
 
@@ -304,7 +303,7 @@ def _example(part: SubFigure, example: Any, sizes: list[int], classes: list[str]
         left=0.05, right=0.98, top=0.87, bottom=0.18,
     )  # fmt: skip
     frames = len(example.labels[0])
-    seconds = (0.0, _FRAME_SECONDS * frames)
+    seconds = (0.0, FRAME_SECONDS * frames)
     look: dict[str, Any] = {"aspect": "auto", "interpolation": "none"}
     axes = part.add_subplot(grid[0, 0])
     image = np.reshape(example.spectrogram, (frames, -1)).T

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from gmp_atl import audio, classifier, clips, devices, recordings
-from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE, TOO_SHORT, AudioError
+from gmp_atl.audio import MIN_SAMPLES, TOO_SHORT, AudioError
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Clips
 from gmp_atl.config import ComputeConfig
 from gmp_atl.errors import NO_GPUS
 from gmp_atl.formats import atomic
+from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.recordings import Cut, Recording, Scored
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from typing import Any, TextIO
 import numpy as np
 import soundfile
 
-from gmp_atl.audio import MIN_SAMPLES, SAMPLE_RATE
+from gmp_atl.audio import MIN_SAMPLES
 from gmp_atl.corpora.base import files
 from gmp_atl.errors import UserError
+from gmp_atl.frames import SAMPLE_RATE
 
 _NO_AUDIO = {"mat4", "mat5", "raw", "wavex"}  # formats without a suffix of their own, or without a header
 _OTHER_SUFFIXES = {"aif", "aifc", "oga", "opus", "snd", "sph"}

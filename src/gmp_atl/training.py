@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from gmp_atl import devices
-from gmp_atl.clips import FRAME_SECONDS, Batch, Clips, collate, epoch_batches, random_crops, within_budget
+from gmp_atl.clips import Batch, Clips, collate, epoch_batches, random_crops, within_budget
 from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
 from gmp_atl.formats import HISTORY, remove_partial, sha256
+from gmp_atl.frames import FRAME_SECONDS
 from gmp_atl.graphs import LayerGraphs
 from gmp_atl.model_files import load_tensors, save_tensors
 from gmp_atl.progress import PROGRESS_SECONDS, clock

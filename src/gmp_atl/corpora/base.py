@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.errors import UserError
+from gmp_atl.frames import SAMPLE_RATE
 
 T = TypeVar("T")
 

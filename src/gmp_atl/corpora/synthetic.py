@@ -22,9 +22,9 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.errors import UserError
 from gmp_atl.formats import write_bytes, write_text
+from gmp_atl.frames import SAMPLE_RATE
 
 README = """\
 Synthetic speech, not recordings of people: a made-up release in the layout of IEMOCAP, for demonstration and tests.

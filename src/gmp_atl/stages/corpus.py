@@ -16,6 +16,7 @@ from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
 from gmp_atl.errors import NOTICE, UserError, some
 from gmp_atl.folds import check_folds
 from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Output
+from gmp_atl.frames import SAMPLE_RATE
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _log(
     labels = [(str(n), " ".join(group)) for n, group in enumerate(folds.held_out, start=1)]
     for (fold, group), utterances in zip([*labels, ("all", "")], [*members, kept], strict=True):
         of_class = [[each for each in utterances if each.emotion == emotion] for emotion in classes]
-        minutes = sum(n_samples[each.id] for each in utterances) / audio.SAMPLE_RATE / 60
+        minutes = sum(n_samples[each.id] for each in utterances) / SAMPLE_RATE / 60
         rows.append([fold, group, *map(_female_male, of_class), _female_male(utterances), f"{minutes:.1f}"])
     log.log(
         NOTICE,

@@ -13,6 +13,7 @@ import pyarrow as pa
 from gmp_atl import audio
 from gmp_atl.errors import UserError
 from gmp_atl.formats import FUNCTIONALS, UTTERANCES, AudioRoot, Output
+from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.progress import Meter
 
 
@@ -46,8 +47,8 @@ def functionals(*, utterances: Path, audio_root: AudioRoot, output: Output) -> N
     values, meter = [], Meter("clip", len(table))
     for path in table["path"].to_pylist():
         samples = audio.load(audio_root / path)
-        values.append(smile.process_signal(samples, audio.SAMPLE_RATE).to_numpy(np.float32)[0])
-        meter.advance(audio=len(samples) / audio.SAMPLE_RATE)
+        values.append(smile.process_signal(samples, SAMPLE_RATE).to_numpy(np.float32)[0])
+        meter.advance(audio=len(samples) / SAMPLE_RATE)
     FUNCTIONALS.write(
         output,
         pa.table({"id": table["id"], "values": pa.array(values, FUNCTIONALS.schema.field("values").type)}),

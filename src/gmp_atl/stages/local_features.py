@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from gmp_atl import clips, devices, model_files
-from gmp_atl.audio import DECODERS, SAMPLE_RATE
+from gmp_atl.audio import DECODERS
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, append_features
+from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.progress import Meter
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import torch
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from gmp_atl.audio import DECODERS, SAMPLE_RATE
+from gmp_atl.audio import DECODERS
 from gmp_atl.clips import recording
-from gmp_atl.encoder import HOP, MFCC, RECEPTIVE_FIELD, n_frames
-from gmp_atl.formats import LAYER_FEATURES, UTTERANCES, AudioRoot, Output, append_features
+from gmp_atl.formats import LAYER_FEATURES, MFCC, UTTERANCES, AudioRoot, Output, append_features
+from gmp_atl.frames import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, n_frames
 from gmp_atl.progress import Meter
 
 _COEFFICIENTS = 13

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 
 from gmp_atl import __version__, model_files
-from gmp_atl.audio import SAMPLE_RATE
 from gmp_atl.config import IterationConfig, PretrainingSlice
 from gmp_atl.formats import HISTORY, UTTERANCES, Output, write_text
+from gmp_atl.frames import SAMPLE_RATE
 
 _CARD = """\
 ---

@@ -16,6 +16,7 @@ from gmp_atl import audio
 from gmp_atl.corpora.manifest import unlabelled
 from gmp_atl.errors import NOTICE, UserError
 from gmp_atl.formats import EXCLUDED, UTTERANCES, AudioRoot, Output, write_bytes
+from gmp_atl.frames import SAMPLE_RATE
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def speech(
     table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
     UTTERANCES.write(utterances, table, corpus=manifest.stem, complete=True, audio=digest.hexdigest())
     EXCLUDED.write(excluded, pa.table([list(reasons), list(reasons.values())], schema=EXCLUDED.schema))
-    seconds = sum(table["n_samples"].to_pylist()) / audio.SAMPLE_RATE
+    seconds = sum(table["n_samples"].to_pylist()) / SAMPLE_RATE
     log.log(NOTICE, "%d clips, %.0f min; %d clips of the manifest excluded", len(rows), seconds / 60, len(reasons))
 
 
@@ -76,5 +77,5 @@ def _make(path: Path, clip: str, speeds: list[float], audio_root: Path) -> dict[
 
 def _flac(samples: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    soundfile.write(stream, samples.clip(-1, 1), audio.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(stream, samples.clip(-1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return stream.getvalue()
