@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gmp_atl import cli, formats
+from gmp_atl import cli, files
 from gmp_atl.errors import UserError
 
 
@@ -73,8 +73,8 @@ def test_where_no_file_can_be_nothing_is_left_and_the_place_is_named(tmp_path: P
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/file").touch()
     with pytest.raises(UserError, match=f"{place} cannot be written: ."):
-        formats.write_text(tmp_path / place, "text")
+        files.write_text(tmp_path / place, "text")
     if place != "folder":  # which another folder may replace
-        with pytest.raises(UserError, match=f"{place} cannot be written: ."), formats.atomic_folder(tmp_path / place):
+        with pytest.raises(UserError, match=f"{place} cannot be written: ."), files.atomic_folder(tmp_path / place):
             pass
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", tmp_path / "folder/file"]

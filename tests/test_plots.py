@@ -15,7 +15,8 @@ from test_tables import Run, config, fill
 from gmp_atl import plots
 from gmp_atl.errors import UserError
 from gmp_atl.evaluations import Evaluations, load
-from gmp_atl.formats import CLUSTER_STATISTICS, EMBEDDINGS, EXAMPLES, HISTORY, sha256, write_text
+from gmp_atl.files import sha256, write_text
+from gmp_atl.formats import CLUSTER_STATISTICS, EMBEDDINGS, EXAMPLES, HISTORY
 from gmp_atl.plots import PLOTS
 from gmp_atl.provenance import Record
 from gmp_atl.stages.figures import figures

@@ -15,7 +15,8 @@ from gmp_atl import cli, provenance
 from gmp_atl import config as configs
 from gmp_atl.code import code_hash
 from gmp_atl.errors import UserError
-from gmp_atl.formats import FUNCTIONALS, UTTERANCES, Role
+from gmp_atl.files import Role
+from gmp_atl.formats import FUNCTIONALS, UTTERANCES
 from gmp_atl.provenance import Record, lineage
 
 

@@ -30,15 +30,8 @@ from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Clips, collate, random_crops, within_budget
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
-from gmp_atl.formats import (
-    LAYER_FEATURES,
-    LOCAL_FEATURES,
-    PREDICTIONS,
-    PSEUDO_LABELS,
-    UTTERANCES,
-    read_features,
-    sha256,
-)
+from gmp_atl.files import sha256
+from gmp_atl.formats import LAYER_FEATURES, LOCAL_FEATURES, PREDICTIONS, PSEUDO_LABELS, UTTERANCES, read_features
 from gmp_atl.masked_prediction import masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.model_files import load_tensors

@@ -23,16 +23,8 @@ import pandas as pd
 from gmp_atl import metrics, paper, provenance
 from gmp_atl.config import SLICES, Config, identity, slice_for, variant
 from gmp_atl.errors import UserError, some
-from gmp_atl.formats import (
-    CLUSTER_STATISTICS,
-    CORPUS_SUMMARY,
-    EMBEDDINGS,
-    EXAMPLES,
-    HISTORY,
-    PREDICTIONS,
-    Format,
-    sha256,
-)
+from gmp_atl.files import sha256
+from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, EMBEDDINGS, EXAMPLES, HISTORY, PREDICTIONS, Format
 from gmp_atl.provenance import Lineage
 from gmp_atl.systems import System, main_system, seeds, systems
 

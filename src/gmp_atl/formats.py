@@ -1,29 +1,22 @@
 """Every Parquet file of a run: columns, dtypes and metadata, declared once and checked at reading.
 
-Files appear under their final name only when they are complete, and each carries, beside its columns, a
-JSON object of metadata (format name and version included), with digests of every column of every row group, and one of
-the metadata themselves, so that no file is read that is not as it was written. Parquet's own checksums, which leave out
-the headers of its pages, are written for other readers; here the digests see all that they would. Tensors in
-safetensors files, a format without checksums, have a digest among their metadata.
+Each carries, beside its columns, a JSON object of metadata (format name and version included), with digests of every
+column of every row group, and one of the metadata themselves, so that no file is read that is not as it was written.
+Parquet's own checksums, which leave out the headers of its pages, are written for other readers; here the digests see
+all that they would. Tensors in safetensors files, a format without checksums, have a digest among their metadata.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
 
 from gmp_atl.errors import UserError
+from gmp_atl.files import atomic
 
 KEY = "gmp_atl"
 """Name of this project's JSON object among a file's metadata."""
@@ -41,109 +35,9 @@ _READ_AT_ONCE = 2**20
 """Bytes: a column is decoded as it is read, and not held twice."""
 _LARGEST_GROUP = 2**28
 """Bytes of features in a row group, which a reader holds as a whole; a column of bytes has room for 2 GiB."""
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-"""A disk that is full, or that may not be written to."""
 
-
-class Role(Enum):
-    """What a path among a stage's arguments stands for, if not for an input."""
-
-    OUTPUT = "output"
-    AUDIO = "audio"
-
-
-Output = Annotated[Path, Role.OUTPUT]
-"""A file or folder that a stage writes."""
-Outputs = Annotated[list[Path], Role.OUTPUT]
-AudioRoot = Annotated[Path, Role.AUDIO]
-"""Folder of a release (or a manifest): far more than what is read, so that only the clips read are accounted for."""
 Append = Callable[[pa.RecordBatch], None]
 """Writes one row group."""
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved onto it when the block ends without an error.
-
-    Raises:
-        UserError: the disk is full, or may not be written to, or no file can be there.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} cannot be written: it is a folder.")
-    # A folder, since libraries may write under another name beside the one that they are given.
-    with _beside(path) as folder:
-        temporary = folder / "partial"
-        temporary.touch()
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which takes the place of `path` when the block ends without an error.
-
-    Raises:
-        UserError: as `atomic` does.
-    """
-    with _beside(path) as folder:
-        fresh = folder / "fresh"
-        fresh.mkdir()
-        yield fresh
-        shutil.rmtree(path, ignore_errors=True)
-        fresh.replace(path)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A folder for what is to be moved to `path`; what the system has against writing becomes a UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(path)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield folder
-    except Exception as error:
-        reason = _refusal(error)
-        if reason is None:
-            raise
-        raise UserError(f"{path} cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _refusal(error: Exception) -> str | None:
-    """What the system has against writing, if that is the error; safetensors tells its number in the text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    return os.strerror(number) if number in _REFUSALS else None
-
-
-def remove_partial(path: Path) -> None:
-    """Remove what a write of `path` that was killed has left beside it: up to the size of the whole file."""
-    for partial in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file atomically."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically, in UTF-8."""
-    write_bytes(path, text.encode())
 
 
 @dataclass(frozen=True)
@@ -336,12 +230,6 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("metadata that are no JSON object")
     return found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _schema(**columns: pa.DataType) -> pa.Schema:

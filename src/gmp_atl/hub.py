@@ -33,7 +33,7 @@ from gmp_atl.classifier import Classifier, Description
 from gmp_atl.config import HeadConfig
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
-from gmp_atl.formats import atomic_folder, write_text
+from gmp_atl.files import atomic_folder, write_text
 from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.heads import UtteranceHead
 from gmp_atl.model_card import model_card

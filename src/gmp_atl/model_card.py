@@ -15,7 +15,8 @@ from gmp_atl.corpora.iemocap import SYNTHETIC_NAME
 from gmp_atl.corpora.ravdess import NAME as RAVDESS
 from gmp_atl.errors import UserError
 from gmp_atl.evaluations import CLUSTERED_ON, SELECTIONS, corpus_label
-from gmp_atl.formats import PREDICTIONS, sha256
+from gmp_atl.files import sha256
+from gmp_atl.formats import PREDICTIONS
 from gmp_atl.provenance import Record
 from gmp_atl.systems import LOSSES
 

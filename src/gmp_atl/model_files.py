@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from gmp_atl.architecture import MODEL_TYPES, Architecture
 from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
-from gmp_atl.formats import KEY, atomic, check_tensors, tensor_metadata, write_text
+from gmp_atl.files import atomic, write_text
+from gmp_atl.formats import KEY, check_tensors, tensor_metadata
 
 
 def digest(encoder: Encoder) -> str:

@@ -19,7 +19,7 @@ from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Clips
 from gmp_atl.config import ComputeConfig
 from gmp_atl.errors import NO_GPUS
-from gmp_atl.formats import atomic
+from gmp_atl.files import atomic
 from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.recordings import Cut, Recording, Scored
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gmp_atl.code import code_hash
 from gmp_atl.config import unread
 from gmp_atl.errors import UserError
-from gmp_atl.formats import Role, sha256, write_text
+from gmp_atl.files import Role, sha256, write_text
 
 _CHECKOUT = Path(__file__).parents[2]
 _COMPUTE = ("python", "torch", "faiss", "numpy", "scipy", "sklearn", "pyarrow", "soundfile", "opensmile")

@@ -32,7 +32,8 @@ from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
-from gmp_atl.formats import HISTORY, remove_partial, sha256
+from gmp_atl.files import remove_partial, sha256
+from gmp_atl.formats import HISTORY
 from gmp_atl.frames import FRAME_SECONDS
 from gmp_atl.graphs import LayerGraphs
 from gmp_atl.model_files import load_tensors, save_tensors

@@ -23,7 +23,7 @@ import soundfile
 from scipy.signal import resample_poly
 
 from gmp_atl.errors import UserError
-from gmp_atl.formats import write_bytes, write_text
+from gmp_atl.files import write_bytes, write_text
 from gmp_atl.frames import SAMPLE_RATE
 
 README = """\

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gmp_atl.config import Config, identity
 from gmp_atl.errors import NOTICE, UserError
-from gmp_atl.formats import Output, atomic, atomic_folder, sha256, write_text
+from gmp_atl.files import Output, atomic, atomic_folder, sha256, write_text
 
 log = logging.getLogger(__name__)
 

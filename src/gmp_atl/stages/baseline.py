@@ -13,8 +13,9 @@ import pyarrow as pa
 from gmp_atl.classical import support_vector_machine
 from gmp_atl.config import BaselineSlice
 from gmp_atl.errors import UserError
+from gmp_atl.files import Output
 from gmp_atl.folds import Split, held_out_split, training_split
-from gmp_atl.formats import FUNCTIONALS, PREDICTIONS, UTTERANCES, Output
+from gmp_atl.formats import FUNCTIONALS, PREDICTIONS, UTTERANCES
 
 
 def baseline(*, config: BaselineSlice, functionals: Path, utterances: Path, fold: int, output: Output) -> None:

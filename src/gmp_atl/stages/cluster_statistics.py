@@ -16,8 +16,9 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from gmp_atl.config import FoldsSlice
 from gmp_atl.errors import UserError
+from gmp_atl.files import Output
 from gmp_atl.folds import Split, training_split
-from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS, Output, check_tensors
+from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS, check_tensors
 
 ATTRIBUTES = ("emotion", "gender", "speaker")
 

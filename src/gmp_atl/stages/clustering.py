@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 from gmp_atl import kmeans
 from gmp_atl.config import ClusteringConfig, ClusteringSlice
 from gmp_atl.errors import UserError
+from gmp_atl.files import Output, atomic
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, Output, atomic, stream_features, tensor_metadata
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, stream_features, tensor_metadata
 from gmp_atl.kmeans import Assignment
 from gmp_atl.randomness import derive
 

@@ -14,8 +14,9 @@ from gmp_atl import audio
 from gmp_atl.config import GENDERS, CorpusSlice, FoldsConfig
 from gmp_atl.corpora import Corpus, Difference, Utterance, read_corpus
 from gmp_atl.errors import NOTICE, UserError, some
+from gmp_atl.files import AudioRoot, Output
 from gmp_atl.folds import check_folds
-from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES, AudioRoot, Output
+from gmp_atl.formats import CORPUS_SUMMARY, EXCLUDED, UTTERANCES
 from gmp_atl.frames import SAMPLE_RATE
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from gmp_atl import classifier, devices
 from gmp_atl.clips import Clips
 from gmp_atl.config import FinetuningSlice
 from gmp_atl.errors import UserError
+from gmp_atl.files import Output, write_text
 from gmp_atl.folds import held_out_split, training_split
-from gmp_atl.formats import PREDICTIONS, UTTERANCES, Output, write_text
+from gmp_atl.formats import PREDICTIONS, UTTERANCES
 from gmp_atl.metrics import confusion_of_names, uar, war
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from gmp_atl.clips import Clips, passes, recording
 from gmp_atl.config import ComputeConfig, FinetuningSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
+from gmp_atl.files import AudioRoot, Output
 from gmp_atl.folds import Split, held_out_split, training_split
-from gmp_atl.formats import EMBEDDINGS, EXAMPLES, PREDICTIONS, AudioRoot, Output
+from gmp_atl.formats import EMBEDDINGS, EXAMPLES, PREDICTIONS
 from gmp_atl.frames import HOP, RECEPTIVE_FIELD
 
 FLOOR = -80

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gmp_atl.config import Config
 from gmp_atl.evaluations import load
-from gmp_atl.formats import Output, write_text
+from gmp_atl.files import Output, write_text
 from gmp_atl.plots import PLOTS, svg
 
 

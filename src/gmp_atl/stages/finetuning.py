@@ -12,8 +12,8 @@ from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import FinetuningSlice
+from gmp_atl.files import Output
 from gmp_atl.folds import Split, held_out_split, training_split, without_group
-from gmp_atl.formats import Output
 from gmp_atl.losses import am_softmax
 from gmp_atl.metrics import confusion, uar, war
 from gmp_atl.randomness import Key

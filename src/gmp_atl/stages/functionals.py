@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from gmp_atl import audio
 from gmp_atl.errors import UserError
-from gmp_atl.formats import FUNCTIONALS, UTTERANCES, AudioRoot, Output
+from gmp_atl.files import AudioRoot, Output
+from gmp_atl.formats import FUNCTIONALS, UTTERANCES
 from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.progress import Meter
 

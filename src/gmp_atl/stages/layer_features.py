@@ -14,8 +14,9 @@ from gmp_atl.clips import Clips, passes
 from gmp_atl.config import ClusteringSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
+from gmp_atl.files import Outputs
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, Append, Outputs, append_features
+from gmp_atl.formats import LAYER_FEATURES, Append, append_features
 from gmp_atl.frames import FRAME_SECONDS
 from gmp_atl.progress import Meter
 

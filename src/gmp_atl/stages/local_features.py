@@ -14,7 +14,8 @@ from gmp_atl import clips, devices, model_files
 from gmp_atl.audio import DECODERS
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
-from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, AudioRoot, Output, append_features
+from gmp_atl.files import AudioRoot, Output
+from gmp_atl.formats import LOCAL_FEATURES, UTTERANCES, append_features
 from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.progress import Meter
 

@@ -12,8 +12,8 @@ from gmp_atl.classifier import Classifier
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import GENDERS, MultitaskSlice
 from gmp_atl.encoder import Regularisation
+from gmp_atl.files import Output
 from gmp_atl.folds import training_split
-from gmp_atl.formats import Output
 from gmp_atl.randomness import Key
 from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
 

@@ -7,7 +7,8 @@ from statistics import fmean
 
 from gmp_atl import __version__, model_files
 from gmp_atl.config import IterationConfig, PretrainingSlice
-from gmp_atl.formats import HISTORY, UTTERANCES, Output, write_text
+from gmp_atl.files import Output, write_text
+from gmp_atl.formats import HISTORY, UTTERANCES
 from gmp_atl.frames import SAMPLE_RATE
 
 _CARD = """\

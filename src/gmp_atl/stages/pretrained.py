@@ -13,7 +13,7 @@ from gmp_atl import model_files
 from gmp_atl.config import PACKAGED_ENCODER, EncoderConfig, EncoderSlice
 from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.errors import LeakageError, UserError
-from gmp_atl.formats import Output, sha256
+from gmp_atl.files import Output, sha256
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from gmp_atl.audio import DECODERS
 from gmp_atl.clips import Batch, Clips, recording
 from gmp_atl.config import PretrainingSlice
 from gmp_atl.encoder import Encoder, from_scratch
+from gmp_atl.files import AudioRoot, Output
 from gmp_atl.folds import everything
-from gmp_atl.formats import MFCC, AudioRoot, Output
+from gmp_atl.formats import MFCC
 from gmp_atl.frames import HOP, n_frames
 from gmp_atl.masked_prediction import MaskedPredictor, check_codebook, masked_prediction, read_labels
 from gmp_atl.masking import span_mask

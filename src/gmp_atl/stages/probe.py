@@ -14,8 +14,9 @@ from gmp_atl.clips import Clips, passes
 from gmp_atl.config import ComputeConfig, ProbeSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import LeakageError
+from gmp_atl.files import Output
 from gmp_atl.folds import everything, held_out_split, training_split
-from gmp_atl.formats import PROBES, UTTERANCES, Output
+from gmp_atl.formats import PROBES, UTTERANCES
 from gmp_atl.metrics import confusion_of_names, uar, war
 
 CONVOLUTIONS = 0

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from gmp_atl.formats import HISTORY, PREDICTIONS, PROBES, Output, write_text
+from gmp_atl.files import Output, write_text
+from gmp_atl.formats import HISTORY, PREDICTIONS, PROBES
 from gmp_atl.metrics import confusion_of_names, uar
 from gmp_atl.plots import STYLES, curve, figure_of, svg
 from gmp_atl.rendering import Table

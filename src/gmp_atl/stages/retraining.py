@@ -10,8 +10,8 @@ import torch
 from gmp_atl import devices, model_files
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import RetrainingSlice
+from gmp_atl.files import Output
 from gmp_atl.folds import training_split
-from gmp_atl.formats import Output
 from gmp_atl.masked_prediction import MaskedPredictor, check_codebook, masked_prediction, read_labels
 from gmp_atl.masking import span_mask
 from gmp_atl.randomness import Key

@@ -15,7 +15,8 @@ import soundfile
 from gmp_atl import audio
 from gmp_atl.corpora.manifest import unlabelled
 from gmp_atl.errors import NOTICE, UserError
-from gmp_atl.formats import EXCLUDED, UTTERANCES, AudioRoot, Output, write_bytes
+from gmp_atl.files import AudioRoot, Output, write_bytes
+from gmp_atl.formats import EXCLUDED, UTTERANCES
 from gmp_atl.frames import SAMPLE_RATE
 
 log = logging.getLogger(__name__)

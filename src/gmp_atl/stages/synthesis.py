@@ -6,7 +6,7 @@ import csv
 import io
 
 from gmp_atl.corpora.synthetic import synthesise
-from gmp_atl.formats import Output, sha256, write_text
+from gmp_atl.files import Output, sha256, write_text
 
 
 def synthesis(*, output: Output) -> None:

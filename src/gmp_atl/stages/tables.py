@@ -31,7 +31,7 @@ from gmp_atl.evaluations import (
     matrix_of,
     origin,
 )
-from gmp_atl.formats import Output, write_text
+from gmp_atl.files import Output, write_text
 from gmp_atl.rendering import Cell, Table
 from gmp_atl.statistics import Difference, Evidence, Interval, Summary, paired_difference, summarise
 from gmp_atl.systems import (
