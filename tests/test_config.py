@@ -13,6 +13,7 @@ from snakemake.utils import update_config
 
 from gmp_atl import config
 from gmp_atl.errors import UserError
+from gmp_atl.systems import check_layers
 
 ROOT = Path(__file__).parents[1]
 CHANGEABLE = "keys of clustering, finetuning, head, multitask, retraining"
@@ -83,6 +84,39 @@ def test_contradictions_are_told_with_their_key(changes: dict[str, Any], told: s
     assert first == "The config is not valid:"
     assert problem == f"  {told}"
     assert "docs/config.md" in hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tables.layer": -5}, "tables.layer: layer -5"),
+        ({"tables.numbers": [4], "tables.layers": [-2, -6]}, "tables.layers: layer -6"),
+        ({"head": {"layer": -9}}, "head.layer: layer -9"),
+        ({"ablations": {"deep": {"head": {"layer": -7}}}}, "ablations.deep.head.layer: layer -7"),
+        ({"encoder": {"source": "packaged"}, "tables.layer": -13}, "tables.layer: layer -13"),
+    ],
+)
+def test_a_layer_that_the_encoder_lacks_is_told_with_its_key(changes: dict[str, Any], told: str) -> None:
+    few = {"encoder.scratch.layers": 4, "tables.layer": -4, "tables.layers": [-1]}
+    settings = config.parse(changed(few | changes))
+    with pytest.raises(UserError, match=f"^{told} is asked for, but the encoder has layers -1 to -"):
+        check_layers(settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tables.layers": [-1, -9], "tables.numbers": [1, 2, 3]},  # Table 4 is not asked for
+        {"tables.layer": -9, "tables.numbers": [1]},
+        {"tables.layer": -12, "encoder": {"source": "packaged"}},
+        {"tables.layer": -24, "encoder": {"source": "hub", "name": "large", "revision": 40 * "0"}},
+        {"tables.layer": -24, "encoder": {"source": "directory", "path": "absent"}},
+    ],
+)
+def test_layers_that_nothing_reads_or_of_encoders_not_at_hand_are_not_refused(changes: dict[str, Any]) -> None:
+    check_layers(
+        config.parse(changed({"encoder.scratch.layers": 4, "tables.layer": -4, "tables.layers": [-1]} | changes))
+    )
 
 
 def test_a_corpus_that_is_not_made_needs_a_root() -> None:

@@ -285,6 +285,13 @@ def test_unknown_and_mistyped_keys_are_named(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_a_layer_that_the_encoder_lacks_is_told_before_any_job(tmp_path: Path) -> None:
+    run = snakemake(tmp_path, config={**TINY, "tables": {"layer": -24}})
+    assert run.returncode != 0
+    assert "tables.layer: layer -24 is asked for" in run.stdout + run.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_tables_hold_every_row_of_the_run(finished: Path) -> None:
     tables = finished / "results/tiny/tables"
     table3 = pd.read_csv(tables / "table3.csv", comment="#")

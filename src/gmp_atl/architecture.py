@@ -42,6 +42,20 @@ class Architecture:
     """In frames, beyond which positions fall into one bucket."""
 
     @classmethod
+    def read(cls, folder: Path) -> Architecture:
+        """From the `config.json` in `folder`. Raises a UserError where it is missing or no JSON, and as below."""
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; {folder} should hold config.json and model.safetensors.") from None
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"{path} is not JSON ({error}).") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
+        return cls.from_config(config, path)
+
+    @classmethod
     def from_config(cls, config: dict[str, Any], source: Path) -> Architecture:
         """Read `config.json` of a HuBERT, of a wav2vec 2.0, whose network is the same, or of a WavLM.
 

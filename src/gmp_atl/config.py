@@ -375,6 +375,12 @@ class Config(Section):
             raise ValueError("classes names an emotion twice")
         if self.finetuning.selection == "held_out_training_group" and len(self.folds.held_out) < 3:
             raise ValueError("finetuning.selection: held_out_training_group needs at least three folds")
+        for number, iteration in enumerate(self.pretraining.iterations if self.pretraining else []):
+            if -iteration.layer > self.encoder.scratch.layers:
+                raise ValueError(
+                    f"pretraining.iterations.{number}: layer {iteration.layer} is asked for, but the encoder has "
+                    f"layers -1 to -{self.encoder.scratch.layers} (encoder.scratch.layers)"
+                )
         if "main" in self.ablations:
             raise ValueError("ablations.main: 'main' is the name of the config itself")
         for ablation, changes in self.ablations.items():

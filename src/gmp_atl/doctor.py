@@ -17,10 +17,10 @@ import yaml
 
 from gmp_atl import config as configs
 from gmp_atl import config_files
-from gmp_atl.config import PACKAGED_ENCODER, Config, EncoderConfig
+from gmp_atl.config import PACKAGED_ENCODER, Config
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
-from gmp_atl.systems import BASELINE, systems
+from gmp_atl.systems import BASELINE, check_layers, systems
 
 _PYTHON = (3, 11)
 _MODEL_GB, _OTHER_GB = 0.4, 16.0
@@ -80,7 +80,7 @@ def findings(config_paths: Sequence[Path], changes: Sequence[str]) -> Iterator[F
         return
     yield Finding("config", State.OK, f"{' + '.join(map(str, config_paths))}: {config.name}")
     yield _corpus(config)
-    yield _encoder(config.encoder)
+    yield _encoder(config)
     yield _disk(config)
 
 
@@ -181,14 +181,19 @@ def _corpus(config: Config) -> Finding:
     return Finding("corpus", State.OK, text)
 
 
-def _encoder(config: EncoderConfig) -> Finding:
-    if config.source == "scratch":
+def _encoder(config: Config) -> Finding:
+    try:
+        check_layers(config)
+    except UserError as error:
+        return Finding("encoder", State.MISSING, str(error), "see docs/config.md")
+    settings = config.encoder
+    if settings.source == "scratch":
         return Finding("encoder", State.OK, "random weights, made by the run")
-    if config.source == "hub":
-        return _hub_encoder(str(config.name), str(config.revision))
-    folder = PACKAGED_ENCODER if config.source == "packaged" else config.path
+    if settings.source == "hub":
+        return _hub_encoder(str(settings.name), str(settings.revision))
+    folder = PACKAGED_ENCODER if settings.source == "packaged" else settings.path
     assert folder is not None  # the config has checked
-    weights = _WEIGHTS if config.sha256 else _WEIGHTS[:1]
+    weights = _WEIGHTS if settings.sha256 else _WEIGHTS[:1]
     absent = [
         " or ".join(names)
         for names in (("config.json",), weights)

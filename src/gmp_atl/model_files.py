@@ -61,21 +61,12 @@ def load_fitted(folder: Path, regularisation: Regularisation | None = None) -> t
 
 def load_architecture(folder: Path, regularisation: Regularisation | None = None) -> Encoder:
     """The network that `config.json` in `folder` describes, its weights yet to be loaded."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {folder} should hold config.json and model.safetensors.") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not the config.json of a HuBERT, but a JSON {type(config).__name__}.")
-    architecture = Architecture.from_config(config, path)
+    architecture = Architecture.read(folder)
     try:
         with _NoDraws():
             return Encoder(architecture, regularisation)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{path}: its sizes make no HuBERT ({error}).") from None
+        raise UserError(f"{folder / 'config.json'}: its sizes make no HuBERT ({error}).") from None
 
 
 class _NoDraws(TorchFunctionMode):

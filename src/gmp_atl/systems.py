@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gmp_atl import paper
-from gmp_atl.config import Config, shared_variant
+from gmp_atl.architecture import Architecture
+from gmp_atl.config import PACKAGED_ENCODER, Config, EncoderConfig, shared_variant, variant
+from gmp_atl.errors import UserError
 
 LOSSES = {"ce": "CE", "ams": "AMS"}
 
@@ -74,3 +76,34 @@ def systems(config: Config) -> list[System]:
 def seeds(config: Config, system: System) -> list[int]:
     """The seeds that a system is evaluated with."""
     return [BASELINE_SEED] if system == BASELINE else config.seeds
+
+
+def check_layers(config: Config) -> None:
+    """Look for every layer that a config asks for in its encoder, where that is at hand, before hours are spent.
+
+    Raises:
+        UserError: names the key.
+    """
+    count = _layers(config.encoder)
+    if count is None:
+        return
+    asked = {}
+    for system in systems(config):
+        if system.layer is not None:
+            asked[system.layer] = "tables.layer" if system.layer == config.tables.layer else "tables.layers"
+    for name in ("main", *config.ablations):
+        key = "head.layer" if name == "main" else f"ablations.{name}.head.layer"
+        asked.setdefault(variant(config, name).head.layer, key)
+    for layer, key in asked.items():
+        if -layer > count:
+            raise UserError(f"{key}: layer {layer} is asked for, but the encoder has layers -1 to -{count}.")
+
+
+def _layers(encoder: EncoderConfig) -> int | None:
+    """How many an encoder has; None where that is not known, as of the hub's."""
+    if encoder.source == "scratch":
+        return encoder.scratch.layers
+    folder = PACKAGED_ENCODER if encoder.source == "packaged" else encoder.path
+    if encoder.source == "hub" or folder is None or not (folder / "config.json").exists():
+        return None
+    return Architecture.read(folder).num_hidden_layers

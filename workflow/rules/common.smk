@@ -12,12 +12,13 @@ from gmp_atl import config as typed
 from gmp_atl import config_files
 from gmp_atl.code import code_hash
 from gmp_atl.errors import UserError
-from gmp_atl.systems import BASELINE, main_system, systems
+from gmp_atl.systems import BASELINE, check_layers, main_system, systems
 
 try:
     for path in workflow.configfiles:
         config_files.check(Path(path))
     CONFIG = typed.parse(config)
+    check_layers(CONFIG)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
