@@ -93,7 +93,7 @@ report: setup  ## a run's tables and figures as one page, results/PRESET-report.
 archive: setup  ## pack what tables need of a run in results/NAME/NAME.zip; PRESET=demo for another than the paper's
 	@snakemake --cores all archive $(OF_RUN) $(if $(GPU),,--workflow-profile workflow/profiles/cpu)
 
-tables: $(if $(LIGHT),.venv-tables/.installed)  ## make the tables and figures of an archive anew, FROM=FILE
+tables: $(if $(FROM),$(if $(LIGHT),.venv-tables/.installed))  ## make the tables and figures of an archive anew, FROM=FILE
 	@test -n "$(FROM)" || { echo "Which archive? make tables FROM=results/demo/demo.zip" >&2; exit 2; }
 	@PYTHONPATH=src $(or $(LIGHT),.venv/)bin/python -m gmp_atl restore "$(FROM)"
 
