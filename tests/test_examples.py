@@ -82,6 +82,7 @@ class Made:
             "centroids": [book.centroids for book in self.upstream.codebooks],
             "model": self.model.folder,
             "predictions": self.predictions,
+            "fit_on": "training",
             "fold": 1,
             "seed": 0,
             "embeddings": self.embeddings,
@@ -163,6 +164,15 @@ def test_models_and_codebooks_of_another_fold_are_refused(made: Made) -> None:
     book = made.stages.clustering(features, 4, fold=2)
     with pytest.raises(LeakageError):
         made.run(centroids=[book.centroids])
+
+
+def test_codebooks_that_may_be_fitted_on_all_frames_are_taken_and_others_refused(made: Made) -> None:
+    changes = {"clustering.fit_on": "all"}
+    book = made.stages.clustering(made.stages.layer_features(made.upstream.multitask.folder, -3, changes), 4, changes)
+    with pytest.raises(LeakageError):
+        made.run(centroids=[book.centroids])
+    made.run(centroids=[book.centroids], fit_on="all")
+    assert EXAMPLES.read(made.examples)[1]["sizes"] == [4]
 
 
 def test_a_clip_that_has_changed_is_named(made: Made) -> None:

@@ -27,6 +27,7 @@ rule examples:
         config=settings("examples"),
         audio_root=lambda _: AUDIO_ROOT,
         first=FIRST,
+        fit_on=CONFIG.clustering.fit_on,
         pretrained=subpath(input.pretrained, parent=True),
         multitask=subpath(input.multitask, parent=True),
         model=subpath(input.model, parent=True),
@@ -36,5 +37,5 @@ rule examples:
         " --fold {params.first[fold]} --seed {params.first[seed]} --utterances {input.utterances}"
         " --audio-root {params.audio_root:q} --local-features {input.features} --pretrained {params.pretrained}"
         " --multitask {params.multitask} --centroids {input.centroids} --model {params.model}"
-        " --predictions {input.predictions} --embeddings {output.embeddings} --output {output.examples}"
+        " --predictions {input.predictions} --fit-on {params.fit_on} --embeddings {output.embeddings} --output {output.examples}"
         " --provenance {output.provenance} 2> {log}"

@@ -15,13 +15,13 @@ import pyarrow as pa
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from gmp_atl import classifier, devices, model_files
+from gmp_atl import classifier, devices, kmeans, model_files
 from gmp_atl.clips import Clips, passes, recording
 from gmp_atl.config import ComputeConfig, FinetuningSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.files import AudioRoot, Output
-from gmp_atl.folds import Split, held_out_split, training_split
+from gmp_atl.folds import Split, everything, held_out_split, training_split
 from gmp_atl.formats import EMBEDDINGS, EXAMPLES, PREDICTIONS
 from gmp_atl.frames import HOP, RECEPTIVE_FIELD
 
@@ -40,6 +40,7 @@ def examples(
     centroids: list[Path],
     model: Path,
     predictions: Path,
+    fit_on: str,
     fold: int,
     seed: int,
     embeddings: Output,
@@ -56,9 +57,10 @@ def examples(
         multitask: encoder of stage 1.
         centroids: codebooks of one layer of it.
         predictions: of `model` on the fold.
+        fit_on: the reading clustering.fit_on: with `all`, codebooks are fitted on the utterances too.
 
     Raises:
-        LeakageError: a model or codebook was fitted on one of the utterances.
+        LeakageError: a model, or a codebook that may not be, was fitted on one of the utterances.
         UserError: predictions or codebooks of other utterances, classes or encoders.
     """
     device = devices.resolve(gpus)
@@ -80,7 +82,8 @@ def examples(
     EMBEDDINGS.write(embeddings, pa.table(rows, schema=EMBEDDINGS.schema), fold=fold, seed=seed, explained=explained)
 
     chosen = _median_lengths(split, config.classes)
-    layer, codebooks = _codebooks(centroids, training, described.encoder)
+    allowed = training if fit_on == "training" else everything(utterances)
+    layer, codebooks = _codebooks(centroids, allowed, described.encoder)
     emotions, local = split.column("emotion"), clips.local
     shown = Clips([clips.ids[index] for index in chosen], [local[index] for index in chosen])
     labels = _pseudo_labels(after_stage_1, shown, layer, codebooks, config.compute, device)
@@ -161,14 +164,14 @@ def _encoder(folder: Path, training: Split, expected: str) -> Encoder:
     return encoder
 
 
-def _codebooks(paths: Sequence[Path], training: Split, encoder: str) -> tuple[int, list[np.ndarray]]:
+def _codebooks(paths: Sequence[Path], allowed: Split, encoder: str) -> tuple[int, list[np.ndarray]]:
     """Their layer, which is one, and the centroids of each, (size, hidden size)."""
     layers, found = set(), []
     for path in paths:
         tensors, metadata = model_files.load_tensors(path)
         if tensors.keys() != {"centroids"} or not {"layer", "fitted_on", "encoder"} <= metadata.keys():
             raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
-        training.refuse_leaks(metadata["fitted_on"], path)
+        allowed.refuse_leaks(metadata["fitted_on"], path)
         _check(path, metadata["encoder"], encoder)
         layers.add(metadata["layer"])
         found.append(tensors["centroids"].numpy())
@@ -197,10 +200,7 @@ def _pseudo_labels(
     for batch in passes(clips, compute.batch_seconds, device):
         hidden = encoder(batch.local, batch.lengths, layer).half().float().cpu()  # as clustered
         for index, states in batch.unpadded(hidden):
-            found[index] = [
-                ((centroids**2).sum(axis=1) - 2 * states.numpy() @ centroids.T).argmin(axis=1).astype(np.uint16)
-                for centroids in codebooks
-            ]
+            found[index] = [kmeans.assign([states.numpy()], centroids).labels for centroids in codebooks]
     return found
 
 
