@@ -33,7 +33,7 @@ def config(**changes: Any) -> Config:
     settings = {
         "name": "made",
         "seeds": [0, 1],
-        "corpus": {"reader": "synthetic"},
+        "corpus": {"reader": "iemocap", "root": "."},
         "classes": CLASSES,
         "folds": {"by": "session", "held_out": [["Ses01"], ["Ses02"]]},
         "encoder": {"source": "scratch"},
@@ -302,6 +302,17 @@ def test_clusters_are_averaged(run):
     assert (row["layer"], row["size"], row["fits"], row["nmi_emotion"]) == (-3, 64, 2, 0.015)
 
 
+def test_clusters_of_an_ablation_that_shares_those_of_main_are_not_read(run):
+    """They are of an earlier config, in which it did not."""
+    run.config = config(ablations={"other": {"finetuning": {"margin": 0.3}}})
+    rows = [(variant, 1, 0, -3, 64, "nmi_emotion", value) for variant, value in (("main", 0.5), ("other", 0.9))]
+    columns = dict(zip(CLUSTER_STATISTICS.schema.names, zip(*rows, strict=True), strict=True))
+    CLUSTER_STATISTICS.write(
+        run.evaluations / "cluster_statistics.parquet", pa.table(columns, schema=CLUSTER_STATISTICS.schema)
+    )
+    assert run.table("clusters")["nmi_emotion"].tolist() == [0.5]
+
+
 def test_every_table_says_what_it_comes_from(run):
     run.write_corpus(excluded={"label fru": 3, "label xxx": 4})
     fill(run)
@@ -352,6 +363,12 @@ def test_another_corpus_is_not_compared_with_the_paper(run):
     third = run.table("table3")
     assert third["uar_diff"].isna().all()
     assert third["uar_paper"].notna().all()
+
+
+def test_a_manifest_is_not_the_papers_corpus_whatever_its_name(run):
+    run.config = config(corpus={"reader": "manifest", "root": "iemocap.csv"})
+    fill(run)
+    assert "NOT COMPARABLE" in run.tables()["table2.md"]
 
 
 def test_a_partial_corpus_says_so_everywhere(run):

@@ -21,17 +21,17 @@ import numpy as np
 import pandas as pd
 
 from gmp_atl import metrics, paper, provenance
-from gmp_atl.config import SLICES, Config, identity, slice_for, variant
+from gmp_atl.config import SLICES, Config, identity, shared_variant, slice_for, variant
 from gmp_atl.errors import UserError, some
 from gmp_atl.files import sha256
 from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, EMBEDDINGS, EXAMPLES, HISTORY, PREDICTIONS, Format
+from gmp_atl.frames import SAMPLE_RATE
 from gmp_atl.provenance import Lineage
 from gmp_atl.systems import System, main_system, seeds, systems
 
 log = logging.getLogger(__name__)
 
-SAMPLES_PER_MINUTE = 16_000 * 60
-"""At `audio.SAMPLE_RATE`, which comes with soundfile."""
+SAMPLES_PER_MINUTE = 60 * SAMPLE_RATE
 MEASURES: dict[str, Callable[[np.ndarray], float]] = {"UAR": metrics.uar, "WAR": metrics.war}
 SELECTIONS = {
     "last": "last epoch",
@@ -96,7 +96,8 @@ class Evaluations:
     def comparable(self) -> bool:
         """Whether the paper's figures were measured on these data."""
         return (
-            self.corpus.name.lower() == paper.CORPUS
+            self.config.corpus.reader == paper.READER  # a manifest may be named as one likes
+            and self.corpus.name.lower() == paper.READER
             and self.corpus.complete
             and set(self.config.classes) == set(paper.TABLE_1)
         )
@@ -279,8 +280,9 @@ def _read_clusters(config: Config, folder: Path) -> pd.DataFrame:
     paths = sorted(folder.rglob("cluster_statistics.parquet"))
     frames = [CLUSTER_STATISTICS.read(path)[0].to_pandas() for path in paths]
     clusters = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    making = {shared_variant(config, "clustering", name) for name in ("main", *config.ablations)}
     asked = (
-        clusters["variant"].isin(["main", *config.ablations])
+        clusters["variant"].isin(making)
         & clusters["layer"].isin([system.layer for system in systems(config)])
         & clusters["fold"].between(1, len(config.folds.held_out))
         & clusters["seed"].isin(config.seeds)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CORPUS = "iemocap"
+READER = "iemocap"
+"""Of the config, for the corpus that the paper evaluates on."""
 LAYER = -3
 """Printed on every row of Table 3, those without GMPs included."""
 
