@@ -48,7 +48,7 @@ def write_utterances(folder: Path, scale: int) -> None:
     """The utterance table."""
     rows = [
         {"id": name, "path": name, "speaker": name[:2], "gender": "female", "session": name[:2]}
-        | {"emotion": "sad", "n_samples": 0, "text_type": ""}
+        | {"emotion": "sad", "n_samples": 0, "text_type": "", "sha256": ""}
         for name in ids(scale)
     ]
     table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)

@@ -101,7 +101,7 @@ def write_corpus(folder: Path, total: float) -> None:
         session, emotion = f"Ses0{number % 5 + 1}", ("angry", "happy", "neutral", "sad")[number // 5 % 4]
         rows.append(
             {"id": f"clip{number:05d}", "path": path, "speaker": session, "gender": "female", "session": session}
-            | {"emotion": emotion, "n_samples": len(samples), "text_type": ""}
+            | {"emotion": emotion, "n_samples": len(samples), "text_type": "", "sha256": ""}
         )
     table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
     UTTERANCES.write(folder / "utterances.parquet", table, corpus="noise", complete=True, audio="noise")

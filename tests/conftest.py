@@ -217,7 +217,8 @@ class Stages:
 def write_utterances(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """An UTTERANCES file of rows that say what matters to the test; the rest is filled in."""
     filled = [
-        {"path": f"{row['id']}.wav", "gender": "female", "emotion": "sad", "n_samples": 4000, "text_type": "", **row}
+        {"path": f"{row['id']}.wav", "gender": "female", "emotion": "sad", "n_samples": 4000, "text_type": ""}
+        | {"sha256": f"of {row['id']}", **row}
         for row in rows
     ]
     table = pa.Table.from_pylist(filled, schema=UTTERANCES.schema)
@@ -283,11 +284,11 @@ def upstream(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Upstre
 def claim_fitted_on(tmp_path: Path) -> Callable[[Path, list[str]], Path]:
     """Copies an encoder's folder and has it say that it was fitted on other utterances."""
 
-    def claim(folder: Path, ids: list[str]) -> Path:
+    def claim(folder: Path, fitted_on: list[str]) -> Path:
         copied = tmp_path / "claims"
         shutil.copytree(folder, copied)
         encoder, metadata = model_files.load(folder)
-        model_files.save(encoder, copied, **{**metadata, "fitted_on": ids})
+        model_files.save(encoder, copied, **{**metadata, "fitted_on": fitted_on})
         return copied
 
     return claim

@@ -49,6 +49,7 @@ class Corpus:
                     "emotion": self.emotions,
                     "n_samples": pa.array([16_000] * len(names), pa.int64()),
                     "text_type": [""] * len(names),
+                    "sha256": self.ids,
                 }
             ),
             corpus="made",
@@ -156,7 +157,7 @@ def test_functionals_of_made_clips(tmp_path):
     rows = {
         "id": list(lengths),
         "path": [f"{name}.wav" for name in lengths],
-        **{column: ["x"] * 2 for column in ("speaker", "gender", "session", "emotion", "text_type")},
+        **{column: ["x"] * 2 for column in ("speaker", "gender", "session", "emotion", "text_type", "sha256")},
         "n_samples": pa.array(lengths.values(), pa.int64()),
     }
     for name, length in lengths.items():

@@ -24,6 +24,7 @@ from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, MFCC, PROBES, UTTERANCES, read_features
 from gmp_atl.frames import SAMPLE_RATE, n_frames
 from gmp_atl.stages.clustering import clustering
+from gmp_atl.stages.corpus import corpus
 from gmp_atl.stages.layer_features import layer_features
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.mfcc import mfcc
@@ -348,6 +349,28 @@ def test_a_probe_on_what_the_encoder_was_trained_on_is_refused(inputs, stages, c
     files = {"utterances": inputs.utterances, "local_features": inputs.local_features, "output": tmp_path / "no"}
     with pytest.raises(LeakageError, match="trained on 1 of the utterances, such as S2_"):
         probe(config=stages.config("probe"), encoder=seen, **files)
+
+
+def test_a_recording_that_was_heard_is_known_under_another_name_and_in_another_format(made, stages, tmp_path):
+    random = np.random.default_rng(1)
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", random.normal(0, 0.1, 4000), SAMPLE_RATE)
+    soundfile.write(tmp_path / "d.flac", soundfile.read(made.folder / "3.wav", dtype="int16")[0], SAMPLE_RATE)
+    rows = ["path,emotion,speaker,gender,session"]
+    for path, emotion, session in [
+        ("a.wav", "sad", 1),
+        ("b.wav", "angry", 1),
+        ("c.wav", "sad", 2),
+        ("d.flac", "angry", 2),
+    ]:
+        rows.append(f"{path},{emotion},speaker{session},female,S{session}")
+    (tmp_path / "own.csv").write_text("\n".join(rows) + "\n")
+    changes = {"corpus": {"reader": "manifest", "root": "own.csv"}, "folds.held_out": [["S1"], ["S2"]]}
+    outputs = {name: tmp_path / f"{name}.parquet" for name in ("utterances", "excluded", "summary")}
+    corpus(config=stages.config("corpus", changes), root=tmp_path / "own.csv", **outputs)
+    files = {"utterances": outputs["utterances"], "local_features": tmp_path / "none", "output": tmp_path / "no"}
+    with pytest.raises(LeakageError, match="trained on 1 of the utterances, such as d"):
+        probe(config=stages.config("probe", changes), encoder=made.encoder(1), **files)
 
 
 # Mistakes.

@@ -247,9 +247,11 @@ UTTERANCES = Format(
         emotion=pa.string(),
         n_samples=pa.int64(),  # at 16 kHz
         text_type=pa.string(),  # improvised, scripted, ...; empty where the corpus does not say
+        sha256=pa.string(),  # of the recording's samples, see audio.AudioInfo
     ),
     # name of the corpus; whether its counts are the full release's; digest of the ids and their decoded audio
     metadata={"corpus": str, "complete": bool, "audio": str},
+    version=3,
 )
 EXCLUDED = Format("excluded", _schema(id=pa.string(), reason=pa.string()))
 CORPUS_SUMMARY = Format(

@@ -41,7 +41,7 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
     reasons = dict(sorted((found.excluded | rejected).items()))
     complete = _is_complete(found, kept, n_samples, reasons, allow_partial=config.corpus.allow_partial)
     _require_classes(config.classes, found, kept, reasons)
-    table = pa.Table.from_pylist([_row(each, n_samples[each.id]) for each in kept], schema=UTTERANCES.schema)
+    table = pa.Table.from_pylist([_row(each, clips[each.id]) for each in kept], schema=UTTERANCES.schema)
     check_folds(table, config.folds)
     _require_training_classes(config.classes, kept, config.folds)
     _refuse_copies(kept, clips, config.folds)
@@ -64,9 +64,9 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
     _log(found.name, config.classes, config.folds, kept, n_samples, reasons)
 
 
-def _row(utterance: Utterance, n_samples: int) -> dict[str, str | int]:
-    columns = {name: getattr(utterance, name) for name in UTTERANCES.schema.names if name != "n_samples"}
-    return {**columns, "n_samples": n_samples}
+def _row(utterance: Utterance, clip: audio.AudioInfo) -> dict[str, str | int]:
+    of_clip: dict[str, str | int] = {"n_samples": clip.n_samples, "sha256": clip.sha256}
+    return of_clip | {name: getattr(utterance, name) for name in UTTERANCES.schema.names if name not in of_clip}
 
 
 def _digest(clips: Mapping[str, audio.AudioInfo]) -> str:

@@ -86,7 +86,9 @@ def pretraining(
     def keep(folder: Path) -> None:
         name = f"HuBERT {len(encoder.encoder.layers)} x {encoder.architecture.hidden_size}"
         identity = f"{name}, iteration {number}, update {folder.name}, sha256 {model_files.digest(encoder)[:12]}"
-        model_files.save(encoder, folder, encoder=identity, fitted_on=split.ids)
+        # Under its ids another corpus would not know its recordings, nor one of them at another speed.
+        heard = sorted({*split.column("sha256")})
+        model_files.save(encoder, folder, encoder=identity, fitted_on=split.ids, heard=heard)
 
     # Outside the output, which Snakemake removes when a job is stopped, while training goes on from its checkpoint.
     kept = checkpoint.with_suffix(".kept")

@@ -29,12 +29,13 @@ def probe(
     """Write UAR and WAR of every layer and fold; an utterance is the mean and the deviation of its frames.
 
     Raises:
-        LeakageError: the encoder has been trained on utterances of this corpus.
+        LeakageError: the encoder has been trained on recordings of this corpus, at whatever speed.
     """
     device = devices.resolve(gpus)
     model, origin = model_files.load_fitted(encoder)
     split = everything(utterances)
-    known = sorted({*split.ids} & {*origin["fitted_on"]})
+    heard = {*origin["fitted_on"], *origin.get("heard", [])}
+    known = [name for name, digest in zip(split.ids, split.column("sha256"), strict=True) if {name, digest} & heard]
     if known:
         raise LeakageError(f"{encoder} was trained on {len(known)} of the utterances, such as {known[0]}.")
     clips = Clips.read(local_features, split, encoder=origin["encoder"])

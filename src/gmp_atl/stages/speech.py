@@ -47,10 +47,9 @@ def speech(
                 log.warning("%s: excluded: %s", clip, found)
                 reasons[clip] = found
                 continue
-            for id, (n_samples, sha256) in found.items():
-                digest.update(f"{id} {sha256}\n".encode())
-                empty = dict.fromkeys(("speaker", "gender", "session", "emotion", "text_type"), "")
-                rows.append({"id": id, "path": f"{id}.flac", **empty, "n_samples": n_samples})
+            for row in found:
+                digest.update(f"{row['id']} {row['sha256']}\n".encode())
+                rows.append(row)
     if not rows:
         raise UserError(f"{manifest} names no clip that can be used: {next(iter(reasons.values()), 'it has no rows')}.")
     table = pa.Table.from_pylist(rows, schema=UTTERANCES.schema)
@@ -60,19 +59,20 @@ def speech(
     log.log(NOTICE, "%d clips, %.0f min; %d clips of the manifest excluded", len(rows), seconds / 60, len(reasons))
 
 
-def _make(path: Path, clip: str, speeds: list[float], audio_root: Path) -> dict[str, tuple[int, str]] | str:
-    """Write a clip at every speed; the samples and their digest by id, or what is the matter with the clip."""
+def _make(path: Path, clip: str, speeds: list[float], audio_root: Path) -> list[dict[str, str | int]] | str:
+    """Write a clip at every speed; its rows of the table, or what is the matter with it."""
     try:
-        samples = audio.load(path)
+        samples, recorded = audio.load(path), audio.inspect(path).sha256
     except audio.AudioError as error:
         return error.problem
-    found = {}
+    empty = dict.fromkeys(("speaker", "gender", "session", "emotion", "text_type"), "")
+    found: list[dict[str, str | int]] = []
     for speed in speeds:
         changed, id = audio.at_speed(samples, speed), f"{speed:g}/{clip}"
         if len(changed) < audio.MIN_SAMPLES:
             return f"{audio.TOO_SHORT} at speed {speed:g}"
         write_bytes(audio_root / f"{id}.flac", _flac(changed))
-        found[id] = len(changed), hashlib.sha256(changed.data).hexdigest()
+        found.append({"id": id, "path": f"{id}.flac", **empty, "n_samples": len(changed), "sha256": recorded})
     return found
 
 
