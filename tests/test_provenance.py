@@ -78,6 +78,21 @@ def test_lineage_holds_what_the_results_come_from_and_nothing_else(chain, result
     assert lineage(reversed(chain), results).records == found.records
 
 
+def test_jobs_that_wrote_equal_files_are_all_told_and_of_a_readers_job_those_of_its_seed(chain, results):
+    """As those of two seeds do that train nothing."""
+    seeds = [{"fold": 1, "seed": seed} for seed in (0, 1)]
+    twins = [record("finetuning", {"utterances": "u"}, {"output": "m1"}, job=job) for job in seeds]
+    readers = [
+        record("evaluation", {"model": "m1"}, {"predictions": digest(path)}, job=job)
+        for path, job in zip(results, seeds, strict=True)
+    ]
+    for paths, jobs in ((results, seeds), (results[:1], seeds[:1])):
+        found = lineage([chain[0], *twins, *readers], paths).records
+        assert [each.job for each in found if each.stage == "finetuning"] == jobs
+    unseeded = record("evaluation", {"model": "m1"}, {"predictions": digest(results[0])})
+    assert len([each for each in lineage([*twins, unseeded], results[:1]).records if each.stage == "finetuning"]) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

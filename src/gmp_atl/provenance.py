@@ -174,10 +174,13 @@ def read(folder: Path) -> list[Record]:
 
 def lineage(records: Iterable[Record], results: Iterable[Path]) -> Lineage:
     """The records of the jobs that `results` come from, directly or not; all other records are left out."""
-    makers = {digest: record for record in records for digest in record.outputs.values()}
+    makers: dict[str, list[Record]] = {}
+    for record in records:
+        for digest in record.outputs.values():
+            makers.setdefault(digest, []).append(record)
     digests = {path: sha256(path) for path in results}
     found: dict[int, Record] = {}
-    frontier = [makers[digest] for digest in digests.values() if digest in makers]
+    frontier = [maker for digest in digests.values() for maker in makers.get(digest, [])]
     broken: Counter[str] = Counter()
     while frontier:
         record = frontier.pop()
@@ -186,13 +189,24 @@ def lineage(records: Iterable[Record], results: Iterable[Path]) -> Lineage:
         found[id(record)] = record
         for argument, digest in record.inputs.items():
             if digest in makers:
-                frontier.append(makers[digest])
+                frontier += _of_same_job(makers[digest], record)
             else:
                 broken[f"{record.stage}: {argument.partition('[')[0]}"] += 1
     ordered = sorted(found.values(), key=lambda record: (record.stage, str(sorted(record.job.items()))))
     missing = tuple(path for path, digest in digests.items() if digest not in makers)
     gaps = tuple(f"{what} ({n} {'job' if n == 1 else 'jobs'})" for what, n in sorted(broken.items()))
     return Lineage(tuple(ordered), missing, gaps)
+
+
+def _of_same_job(makers: list[Record], reader: Record) -> list[Record]:
+    """Of the jobs that wrote equal files, those of the reader's fold and seed, if there are any: else all."""
+
+    def differs(maker: Record) -> bool:
+        return any(
+            maker.job.get(name, value) != value for name, value in reader.job.items() if name in ("fold", "seed")
+        )
+
+    return [maker for maker in makers if not differs(maker)] or makers
 
 
 def _digests(options: Mapping[str, Any]) -> dict[str, str]:
