@@ -39,9 +39,9 @@ def test_every_clip_has_a_masked_frame_and_no_padding_is_masked(lengths, probabi
         assert not row[frames:].any()
 
 
-@given(frames=st.integers(2, 20), excess=st.integers(0, 10), probability=st.floats(0.01, 1.0))
-def test_a_clip_no_longer_than_a_span_keeps_one_frame(frames, excess, probability):
-    mask = span_mask(torch.tensor([frames]), probability, frames + excess, generator())
+@given(frames=st.integers(2, 20), excess=st.integers(0, 10), probability=st.floats(0.01, 1.0), spans=st.integers(1, 3))
+def test_a_clip_no_longer_than_a_span_keeps_one_frame(frames, excess, probability, spans):
+    mask = span_mask(torch.tensor([frames]), probability, frames + excess, generator(), min_spans=spans)
     assert mask.sum() == frames - 1
 
 
