@@ -571,7 +571,7 @@ def unread(stage: str) -> dict[str, Any]:
 
 
 def identity(config: Config) -> str:
-    """Twelve hexadecimal digits that name the experiment: equal for equal settings, wherever it runs."""
+    """Twelve hexadecimal digits that name the experiment: equal for equal settings, wherever the corpus lies."""
     settings = config.model_dump(mode="json", exclude={"name": True, "pretraining": True, **NOT_IN_RESULTS})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

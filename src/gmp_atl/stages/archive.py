@@ -2,8 +2,8 @@
 
 A zip with `manifest.json` and the run's evaluation folder: predictions and metrics, cluster statistics, training
 histories, corpus counts and provenance records. The manifest holds the config, the SHA-256 of every file, and those of
-the run's tables and figures, so that who makes them anew can tell whether they are the same. Equal runs give equal
-archives.
+the run's tables and figures, so that who makes them anew can tell whether they are the same. A folder that is packed
+twice gives the same archive.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _made(files: Iterable[Path], kind: str) -> dict[str, str]:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """Without the time, so that equal runs give equal archives."""
+    """Without the time, so that an archive depends on its files alone."""
     entry = zipfile.ZipInfo(name)
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.external_attr = 0o644 << 16
