@@ -122,7 +122,10 @@ def class_weights(labels: Tensor, classes: list[str], kind: str) -> Tensor:
     counts = torch.bincount(labels, minlength=len(classes)).float()
     absent = [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]
     if absent:
-        raise UserError(f"No training utterance of this fold is {' or '.join(absent)}; change folds or classes.")
+        raise UserError(
+            f"No training utterance of this fold is {' or '.join(absent)}: change folds.held_out or classes, or, if it "
+            "is held_out_training_group, finetuning.selection, which leaves out the group of the next fold."
+        )
     return torch.ones_like(counts) if kind == "none" else counts.sum() / (len(classes) * counts)
 
 
