@@ -189,6 +189,12 @@ def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, pre
     assert int(total.split("|")[column]) == told.total()
 
 
+def test_a_codebook_that_one_ablation_adds_is_of_one_layer(corpora: Path, plan_of_the_paper: Counter[str]) -> None:
+    added = plan(corpora, config={"seeds": [1], "ablations": {"small": {"clustering": {"sizes": [64, 128]}}}})
+    added.subtract(plan_of_the_paper)
+    assert +added == Counter(dict.fromkeys(["clustering", "retraining", "finetuning", "evaluation"], 5))
+
+
 @pytest.fixture(scope="module")
 def plan_of_the_paper(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
     """With one seed."""
@@ -211,7 +217,7 @@ def test_a_preset_adds_what_it_compares(
     expected = {"retraining": runs, "finetuning": runs * losses, "evaluation": runs * losses}
     if preset != "scales":  # those share all that comes before
         sizes = [len(each.get("clustering", {}).get("sizes", "abc")) for each in config.get("ablations", {}).values()]
-        expected |= dict.fromkeys(["multitask", "layer_features", "cluster_statistics"], runs)
+        expected |= dict.fromkeys(["multitask", "ablation_layer_features", "cluster_statistics"], runs)
         expected["clustering"] = 5 * sum(sizes)
     assert added == Counter(expected)
 
@@ -395,6 +401,12 @@ def test_an_edit_reruns_exactly_what_depends_on_it(
     finished: Path, change: dict[str, Any], expected: dict[str, int]
 ) -> None:
     assert plan(finished, config=overlaid(change)) == Counter(expected)
+
+
+def test_a_smaller_budget_need_not_repeat_what_is_finished(finished: Path) -> None:
+    smaller = overlaid({"compute": {"batch_seconds": 10.0}})
+    assert plan(finished, config=smaller)["multitask"] == 2
+    assert plan(finished, "--rerun-triggers", "mtime", config=smaller) == Counter()
 
 
 def test_features_of_fewer_layers_are_those_that_are_there(finished: Path, tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
 # Stage 2: the frame-level GMPs, one codebook per layer and size, from the stage-1 HuBERT.
+FEATURES = "<results>/layer_features/{{variant}}/fold{{fold}}/seed{{seed}}/{layer}.parquet"
+
+
 rule layer_features:
     input:
         utterances=rules.corpus.output.utterances,
         features=rules.local_features.output.features,
         encoder=encoder_of_stage_1,
     output:
-        layers=temp(
-            expand("<results>/layer_features/{{variant}}/fold{{fold}}/seed{{seed}}/{layer}.parquet", layer=GMPS)
-        ),
+        layers=temp(expand(FEATURES, layer=GMPS)),
         provenance="<provenance>/layer_features/{variant}/fold{fold}/seed{seed}.json",
     log:
         "<logs>/layer_features/{variant}/fold{fold}/seed{seed}.log",
     benchmark:
         "<benchmarks>/layer_features/{variant}/fold{fold}/seed{seed}.tsv"
+    wildcard_constraints:
+        variant="main",
     conda:
         "../../envs/torch.yaml"
     threads: CONFIG.compute.threads
@@ -30,6 +33,15 @@ rule layer_features:
         " --fold {wildcards.fold} --utterances {input.utterances} --local-features {input.features}"
         " --encoder {params.encoder} --layers {params.layers} --outputs {output.layers}"
         " --provenance {output.provenance} 2> {log}"
+
+
+# Ablations are of one layer.
+use rule layer_features as ablation_layer_features with:
+    output:
+        layers=temp(expand(FEATURES, layer=CONFIG.tables.layer)),
+        provenance=rules.layer_features.output.provenance,
+    wildcard_constraints:
+        variant="(?!main/)[a-z0-9][a-z0-9_-]*",
 
 
 rule clustering:
@@ -65,8 +77,8 @@ rule clustering:
 rule cluster_statistics:
     input:
         utterances=rules.corpus.output.utterances,
-        centroids=codebooks(rules.clustering.output.centroids, layers_of, sizes_made_by),
-        labels=codebooks(rules.clustering.output.labels, layers_of, sizes_made_by),
+        centroids=codebooks(rules.clustering.output.centroids, clustered_by),
+        labels=codebooks(rules.clustering.output.labels, clustered_by),
     output:
         statistics="<results>/evaluations/clusters/{variant}/fold{fold}/seed{seed}/cluster_statistics.parquet",
         provenance="<provenance>/cluster_statistics/{variant}/fold{fold}/seed{seed}.json",

@@ -119,7 +119,7 @@ def missing_corpus():
     if read_from != CORPUS_ROOT:
         return (
             f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {read_from}. Give "
-            "that as corpus.root, as that run did (with make: CONFIG=...), or another name than "
+            "that as corpus.root, as that run did (with make: CONFIG=\"corpus='{{root: ...}}'\"), or another name than "
             f"{CONFIG.name} for a run of its own."
         )
     return None
@@ -156,33 +156,28 @@ def first(output):
     return path
 
 
-def codebooks(output, layers, sizes):
-    """One file per layer and codebook that `layers` and `sizes` say of the job."""
-
-    def of_job(wildcards):
-        return [
-            made_by("clustering", output, wildcards, layer=layer, size=size)
-            for layer in layers(wildcards)
-            for size in sizes(wildcards)
-        ]
-
-    return of_job
+def codebooks(output, made):
+    """One file for each layer and size that `made` says of the job."""
+    return lambda wildcards: [
+        made_by("clustering", output, wildcards, layer=layer, size=size) for layer, size in made(wildcards)
+    ]
 
 
-def layers_of(wildcards):
-    """Layers whose GMPs a variant is evaluated with: the main run's tables, or the one layer of an ablation."""
-    return GMPS if wildcards.variant == "main" else [CONFIG.tables.layer]
+def retrained_with(wildcards):
+    """Layer and sizes of the codebooks that a variant is retrained with."""
+    return [(wildcards.layer, size) for size in variant(wildcards.variant).clustering.sizes]
 
 
-def sizes_of(wildcards):
-    """Codebooks that a variant is retrained with."""
-    return variant(wildcards.variant).clustering.sizes
+def clustered_by(wildcards):
+    """Layers and sizes of the codebooks that a variant makes for itself, and for those that share its clustering.
 
-
-def sizes_made_by(wildcards):
-    """Codebooks that a variant makes for itself and for those that share its clustering."""
+    The main run is evaluated with GMPs of all layers that the tables ask for, ablations with those of one.
+    """
     sharing = [name for name in ("main", *CONFIG.ablations) if shared("clustering", name) == wildcards.variant]
-    return sorted({size for name in sharing for size in variant(name).clustering.sizes})
+    layers = {name: GMPS if name == "main" else [CONFIG.tables.layer] for name in sharing}
+    return sorted(
+        {(layer, size) for name in sharing for layer in layers[name] for size in variant(name).clustering.sizes}
+    )
 
 
 def start_of_retraining(wildcards):

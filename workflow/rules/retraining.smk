@@ -4,7 +4,7 @@ rule retraining:
         utterances=rules.corpus.output.utterances,
         features=rules.local_features.output.features,
         encoder=start_of_retraining,
-        labels=codebooks(rules.clustering.output.labels, lambda wildcards: [wildcards.layer], sizes_of),
+        labels=codebooks(rules.clustering.output.labels, retrained_with),
     output:
         config="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/config.json",
         encoder="<results>/retraining/{variant}/fold{fold}/seed{seed}/layer{layer}/model.safetensors",
