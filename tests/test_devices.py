@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,10 +11,37 @@ from gmp_atl import devices
 from gmp_atl.errors import NO_GPUS, UserError
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """That torch sees a GPU, and was built as its wheels are."""
+    properties = SimpleNamespace(name="Some GPU", total_memory=2**34)
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "get_device_name": "Some GPU",
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "get_arch_list": ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
 def test_a_job_without_a_gpu_runs_on_the_cpu_even_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend(monkeypatch, (9, 0))
     assert devices.resolve(0) == torch.device("cpu")
     assert devices.resolve(1) == torch.device("cuda")
+
+
+@pytest.mark.parametrize(("capability", "usable"), [((7, 0), False), ((7, 5), True), ((8, 9), True), ((12, 0), True)])
+def test_a_gpu_that_torch_has_no_kernels_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], usable: bool
+) -> None:
+    pretend(monkeypatch, capability)
+    assert devices.described(0) == ("Some GPU (16 GiB)" if usable else "Some GPU (16 GiB, too old)")
+    if usable:
+        assert devices.resolve(1) == torch.device("cuda")
+    else:
+        with pytest.raises(UserError, match=r"Some GPU is older than .*compute capability 7\.5.*workflow/profiles/cpu"):
+            devices.resolve(1)
 
 
 def test_a_gpu_that_torch_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

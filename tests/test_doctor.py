@@ -18,6 +18,7 @@ from conftest import SETTINGS
 
 from gmp_atl import cli, doctor
 from gmp_atl import config as configs
+from gmp_atl.config import PACKAGED_ENCODER
 from gmp_atl.doctor import Finding, State
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ def test_another_python_is_named(tmp_path, monkeypatch):
     ("told", "driver", "state", "text"),
     [
         ("Some GPU (80 GiB)", True, State.OK, "Some GPU (80 GiB)"),
+        ("Old GPU (16 GiB, too old)", True, State.MISSING, "Old GPU (16 GiB, too old)"),
         ("", False, State.NOTE, "none"),
         ("", True, State.MISSING, "nvidia-smi is here, but torch finds no usable device"),
     ],
@@ -134,7 +136,7 @@ def test_what_is_left_out_of_a_corpus_is_counted(tmp_path):
 
 
 def test_a_folder_without_an_encoder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    shutil.copy(PACKAGED_ENCODER / "config.json", tmp_path)
     finding = found("encoder", tmp_path, encoder={"source": "directory", "path": str(tmp_path)})
     assert (finding.state, finding.text) == (State.MISSING, f"{tmp_path} lacks model.safetensors")
     (tmp_path / "model.safetensors").touch()
@@ -142,9 +144,18 @@ def test_a_folder_without_an_encoder(tmp_path):
     assert finding.state is State.OK
 
 
+def test_an_encoder_that_lacks_a_layer_or_is_none(tmp_path):
+    finding = found("encoder", tmp_path, tables={"layer": -13})
+    assert (finding.state, finding.text[:30]) == (State.MISSING, "tables.layer: layer -13 is ask")
+    (tmp_path / "config.json").write_text("{}")
+    finding = found("encoder", tmp_path, encoder={"source": "directory", "path": str(tmp_path)})
+    assert finding.state is State.MISSING
+    assert "is not the config.json of a HuBERT" in finding.text
+
+
 def test_a_folder_with_an_archive_of_pytorch_is_an_encoder_where_it_is_pinned(tmp_path):
-    for name in ("config.json", "pytorch_model.bin"):
-        (tmp_path / name).write_text("{}")
+    shutil.copy(PACKAGED_ENCODER / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
     folder = {"source": "directory", "path": str(tmp_path)}
     assert found("encoder", tmp_path, encoder=folder).state is State.MISSING
     assert found("encoder", tmp_path, encoder={**folder, "sha256": "0" * 64}).state is State.OK
@@ -172,10 +183,12 @@ def test_room_for_results(tmp_path, monkeypatch):
         assert found("disk", tmp_path).state is state
 
 
-def test_the_paper_needs_what_docs_scaling_adds_up(monkeypatch):
-    """300 encoders and heads, 115 GB, and 15 GB of the rest."""
+@pytest.mark.parametrize(("presets", "encoders"), [([], 300), (["ablations"], 1375), (["scales"], 480)])
+def test_a_run_needs_what_docs_scaling_adds_up(monkeypatch, presets, encoders):
+    """0.4 GB an encoder and its head, and 16 GB of the rest."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1e12))
-    assert "about 136 GB" in doctor._disk(doctor._load([ROOT / "config.yaml"], [])).text
+    config = doctor._load([ROOT / "config.yaml", *(ROOT / "presets" / f"{name}.yaml" for name in presets)], [])
+    assert f"about {16 + 0.4 * encoders:.0f} GB" in doctor._disk(config).text
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,34 @@ def resolve(gpus: int, otherwise: str = CPU_PROFILE) -> torch.device:
             "A GPU was asked for, but torch finds no usable CUDA device here. Look at nvidia-smi and "
             f"CUDA_VISIBLE_DEVICES, or {otherwise}."
         )
+    if not _has_kernels(torch.cuda.current_device()):
+        raise UserError(
+            f"{torch.cuda.get_device_name()} is older than the GPUs that this torch has kernels for: NVIDIA's since "
+            f"Turing (compute capability 7.5). Take another GPU, or {otherwise}."
+        )
     # By default cuDNN rounds what convolutions and LSTMs multiply to 10 bits; float32 is to be float32.
     torch.backends.cudnn.allow_tf32 = False
     # cuDNN's attention plans anew for every shape of a batch, which takes longer than many an update.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda")
+
+
+def indices() -> range:
+    """Of the GPUs that torch sees."""
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def described(index: int) -> str:
+    """A GPU's model and memory, and whether it is too old to be of use."""
+    properties = torch.cuda.get_device_properties(index)
+    old = "" if _has_kernels(index) else ", too old"
+    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB{old})"
+
+
+def _has_kernels(index: int) -> bool:
+    """Whether the torch that is installed can compute on a device."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor >= min(int(each[3:]) for each in torch.cuda.get_arch_list() if each.startswith("sm_"))
 
 
 def dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -17,7 +17,7 @@ import yaml
 
 from gmp_atl import config as configs
 from gmp_atl import config_files
-from gmp_atl.config import PACKAGED_ENCODER, Config
+from gmp_atl.config import PACKAGED_ENCODER, Config, shared_variant
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
 from gmp_atl.systems import BASELINE, check_layers, systems
@@ -123,20 +123,19 @@ def _version(name: str) -> str | None:
 
 def _gpu() -> Finding:
     """As torch sees it, in a process of its own: to ask takes memory of the GPU."""
-    code = (
-        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
-        "p = [torch.cuda.get_device_properties(i) for i in range(n)]; "
-        "print(', '.join(f'{x.name} ({x.total_memory / 2**30:.0f} GiB)' for x in p))"
-    )
+    code = "from gmp_atl import devices; print(', '.join(map(devices.described, devices.indices())))"
     try:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     except subprocess.SubprocessError:
         return Finding("GPU", State.MISSING, "torch cannot be imported", "make setup")
+    if "too old" in run.stdout:
+        return Finding("GPU", State.MISSING, run.stdout.strip(), "compute capability 7.5 (Turing) or newer is needed")
     if devices := run.stdout.strip():
         return Finding("GPU", State.OK, devices)
     if shutil.which("nvidia-smi"):
         text = "nvidia-smi is here, but torch finds no usable device"
-        return Finding("GPU", State.MISSING, text, "look at nvidia-smi's driver version and at CUDA_VISIBLE_DEVICES")
+        remedy = "torch is built for CUDA 13, which needs a driver since 580; look at CUDA_VISIBLE_DEVICES as well"
+        return Finding("GPU", State.MISSING, text, remedy)
     remedy = "run on the CPU with --workflow-profile workflow/profiles/cpu; the paper's sizes would take months there"
     return Finding("GPU", State.NOTE, "none", remedy)
 
@@ -227,20 +226,24 @@ def _hub_encoder(name: str, revision: str) -> Finding:
 
 
 def _disk(config: Config) -> Finding:
-    """Room for results, without ablations; little is needed for a small encoder."""
+    """Room for results; little is needed for a small encoder."""
     folder = Path("results").resolve() if Path("results").exists() else Path.cwd()
     if not os.access(folder, os.W_OK):
         return Finding("disk", State.MISSING, f"{folder} may not be written to", "run in a folder of your own")
     free = shutil.disk_usage(folder).free / 1e9
     needed = 1.0 if config.encoder.source in ("scratch", "packaged") else _OTHER_GB + _MODEL_GB * _models(config)
-    text = f"{free:.0f} GB free at {folder}; a run without ablations takes about {needed:.0f} GB"
+    text = f"{free:.0f} GB free at {folder}; a run takes about {needed:.0f} GB"
     if free < needed:
         return Finding("disk", State.MISSING, text, "make results a link to a larger disk, or run fewer seeds at once")
     return Finding("disk", State.OK, text)
 
 
 def _models(config: Config) -> int:
-    """Encoders that a run without ablations keeps: of stage 1, of each layer with GMPs, and of each system."""
-    evaluated = set(systems(config.model_copy(update={"ablations": {}}))) - {BASELINE}
+    """Encoders that a run keeps: of stage 1, retrained ones, and one of each system."""
+    evaluated = set(systems(config)) - {BASELINE}
     layers = {system.layer for system in evaluated} - {None}
-    return len(config.seeds) * len(config.folds.held_out) * (bool(layers) + len(layers) + len(evaluated))
+    variants = ["main", *config.ablations] if layers else []
+    multitask = {shared_variant(config, "multitask", name) for name in variants}
+    retrained = {("main", layer) for layer in layers}
+    retrained |= {(shared_variant(config, "retraining", name), config.tables.layer) for name in config.ablations}
+    return len(config.seeds) * len(config.folds.held_out) * (len(multitask) + len(retrained) + len(evaluated))
