@@ -1,4 +1,4 @@
-# `make` lists what there is. Everything is installed in .venv; nothing outside this folder is touched.
+# `make` lists what there is. Everything is installed in .venv; of what is outside this folder, pip's cache alone grows.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -7,7 +7,7 @@ SHELL := bash
 # Rules run `python` and `snakemake` from .venv, activated or not.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# Unset, the demo includes openSMILE's row of Table 2; `make demo OPENSMILE=0` leaves it out.
+# Unset, Table 2 has openSMILE's row; `make demo OPENSMILE=0` leaves it out.
 OPENSMILE ?= 1
 # Test processes at once; the tests of a file share a run of the workflow, so that they stay in one.
 WORKERS ?= 2
@@ -73,8 +73,9 @@ REPORT = log=$$(snakemake --report results/$1-report.html $2 2>&1) || { tail -n 
 # PRESET names a file in presets/; CONFIG has further changes, as --config takes them.
 PRESETS := $(basename $(notdir $(wildcard presets/*.yaml)))
 OF_RUN = $(if $(PRESET),--configfile $(if $(filter $(PRESET),$(PRESETS)),presets/$(PRESET).yaml,$(error PRESET is \
-	$(PRESET), but presets/ has $(PRESETS))))$(if $(CONFIG), --config $(CONFIG))
-DEMO := --configfile presets/demo.yaml $(if $(filter 0,$(OPENSMILE)),--config 'tables={"baseline": "none"}')
+	$(PRESET), but presets/ has $(PRESETS)))) $(CHANGES)
+CHANGES = $(if $(CONFIG)$(filter 0,$(OPENSMILE)),--config $(CONFIG) $(if $(filter 0,$(OPENSMILE)),'tables={"baseline": "none"}'))
+DEMO = --configfile presets/demo.yaml $(CHANGES)
 
 demo: setup $(if $(filter 0,$(OPENSMILE)),,opensmile)  ## every stage and table on synthetic speech, in minutes
 	@snakemake --cores all $(DEMO) $(if $(GPU),,--workflow-profile workflow/profiles/cpu)
