@@ -40,6 +40,7 @@ LONG, IEMOCAP, NETWORK, SLURM = "minutes to hours", "IEMOCAP and hours", "the ne
 EXPANDED = {
     "make audit": NETWORK,
     "make bench": LONG,
+    "make demo GPU=": "nothing but `make demo`",
     "make demo OPENSMILE=0": "nothing but `make demo`",
     "make lint": "a minute; CI runs it",
     "make coverage": "the network, and many minutes",
@@ -69,8 +70,10 @@ PLANNED = {
         "snakemake --cores all --configfile presets/scales.yaml",
         "snakemake --cores all --configfile presets/wav2vec2.yaml",
         "snakemake --cores all --configfile presets/wavlm.yaml",
+        "snakemake --cores all --rerun-triggers mtime",
         f"snakemake --cores all {CPU}",
     ],
+    NETWORK: ["snakemake --cores 1 --until pretrained"],
     "GPUs, IEMOCAP and hours": [
         "snakemake --cores 16 --resources gpu=4",
         "snakemake --cores all --resources gpu=2 --config compute='{jobs_per_gpu: 2}'",
