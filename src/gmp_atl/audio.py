@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 
 from gmp_atl.errors import UserError
@@ -80,6 +81,22 @@ def load(path: Path) -> np.ndarray:
     """A clip as float32, shape (samples,), at 16 kHz, its channels averaged. Raises as `inspect` does."""
     samples, rate, _ = _decode(path)
     return _at_16_khz(samples, rate)
+
+
+def recording(root: Path, utterances: pa.Table, row: int) -> np.ndarray:
+    """Samples of an utterance of the utterance table, as `load` gives them; `root` is the corpus's folder.
+
+    Raises:
+        UserError: the clip has changed since the corpus was read, or cannot be decoded.
+    """
+    path, expected = root / utterances["path"][row].as_py(), utterances["n_samples"][row].as_py()
+    samples = load(path)
+    if len(samples) != expected:
+        raise UserError(
+            f"{path} has {len(samples)} samples at 16 kHz, but had {expected} when the corpus was read. Has it "
+            "changed? Rerun with: snakemake --forcerun corpus"
+        )
+    return samples
 
 
 def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:

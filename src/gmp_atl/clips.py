@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gmp_atl import audio, devices
+from gmp_atl import devices
 from gmp_atl.audio import AudioError
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
@@ -27,22 +26,6 @@ _SECONDS_TOGETHER = 160.0
 """Of audio, whose convolutions a GPU computes at once: 0.5 GB pass from the first to the second."""
 _POOL = 50
 """Batches, at most, whose clips are sorted by length together: enough to leave little padding, few enough to mix."""
-
-
-def recording(root: Path, utterances: pa.Table, row: int) -> np.ndarray:
-    """Samples of an utterance of the utterance table, as `audio.load` gives them; `root` is the corpus's folder.
-
-    Raises:
-        UserError: the clip has changed since the corpus was read, or cannot be decoded.
-    """
-    path, expected = root / utterances["path"][row].as_py(), utterances["n_samples"][row].as_py()
-    samples = audio.load(path)
-    if len(samples) != expected:
-        raise UserError(
-            f"{path} has {len(samples)} samples at 16 kHz, but had {expected} when the corpus was read. Has it "
-            "changed? Rerun with: snakemake --forcerun corpus"
-        )
-    return samples
 
 
 @torch.inference_mode()

@@ -16,7 +16,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from gmp_atl import classifier, devices, kmeans, model_files
-from gmp_atl.clips import Clips, passes, recording
+from gmp_atl.audio import recording
+from gmp_atl.clips import Clips, passes
 from gmp_atl.config import ComputeConfig, FinetuningSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError

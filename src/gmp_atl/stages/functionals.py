@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gmp_atl import audio
+from gmp_atl.audio import recording
 from gmp_atl.errors import UserError
 from gmp_atl.files import AudioRoot, Output
 from gmp_atl.formats import FUNCTIONALS, UTTERANCES
@@ -30,7 +30,7 @@ def functionals(*, utterances: Path, audio_root: AudioRoot, output: Output) -> N
         output: Parquet file of functionals.
 
     Raises:
-        UserError: openSMILE is not installed, or a clip cannot be decoded.
+        UserError: openSMILE is not installed, or a clip cannot be decoded, or has changed since the corpus was read.
     """
     try:
         import opensmile
@@ -44,10 +44,10 @@ def functionals(*, utterances: Path, audio_root: AudioRoot, output: Output) -> N
         feature_level=opensmile.FeatureLevel.Functionals,
         num_workers=1,
     )
-    table, _ = UTTERANCES.read(utterances, columns=["id", "path"])
+    table, _ = UTTERANCES.read(utterances, columns=["id", "path", "n_samples"])
     values, meter = [], Meter("clip", len(table))
-    for path in table["path"].to_pylist():
-        samples = audio.load(audio_root / path)
+    for row in range(len(table)):
+        samples = recording(audio_root, table, row)
         values.append(smile.process_signal(samples, SAMPLE_RATE).to_numpy(np.float32)[0])
         meter.advance(audio=len(samples) / SAMPLE_RATE)
     FUNCTIONALS.write(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gmp_atl import clips, devices, model_files
-from gmp_atl.audio import DECODERS
+from gmp_atl.audio import DECODERS, recording
 from gmp_atl.config import LocalFeaturesSlice
 from gmp_atl.encoder import Encoder
 from gmp_atl.files import AudioRoot, Output
@@ -68,7 +68,7 @@ def _features(
 
         def decode(first: int) -> Iterator[np.ndarray]:
             rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))
-            return pool.map(lambda row: clips.recording(root, table, row), rows)
+            return pool.map(lambda row: recording(root, table, row), rows)
 
         ahead = decode(0)
         for first in range(0, len(table), _CLIPS_AT_ONCE):

@@ -10,8 +10,7 @@ import torch
 from torchaudio.compliance import kaldi
 from torchaudio.functional import compute_deltas
 
-from gmp_atl.audio import DECODERS
-from gmp_atl.clips import recording
+from gmp_atl.audio import DECODERS, recording
 from gmp_atl.files import AudioRoot, Output
 from gmp_atl.formats import LAYER_FEATURES, MFCC, UTTERANCES, append_features
 from gmp_atl.frames import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, n_frames

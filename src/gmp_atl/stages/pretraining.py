@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gmp_atl import devices, model_files
-from gmp_atl.audio import DECODERS
-from gmp_atl.clips import Batch, Clips, recording
+from gmp_atl.audio import DECODERS, recording
+from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import PretrainingSlice
 from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.files import AudioRoot, Output
