@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import Spoken, Stages
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmp_atl import clips, devices, model_files
+from gmp_atl.clips import Batch, Clips
+from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder, Regularisation
-from gmp_atl.formats import LAYER_FEATURES, read_features
+from gmp_atl.formats import HISTORY, LAYER_FEATURES, read_features
 from gmp_atl.graphs import LayerGraphs, Pass
 from gmp_atl.packing import Packing
 from gmp_atl.positions import PositionEmbedding
+from gmp_atl.randomness import Key
+from gmp_atl.training import Terms, Trainer
+
+DEVICE = torch.device("cuda")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,6 +118,68 @@ def test_replayed_layers_give_the_states_and_gradients_of_plain_ones(tiny_encode
             )
             graphs.gradients[replayed].zero_()
     assert [replayed.grad for replayed in encoders[0].encoder.layers.parameters()] == [None] * len(graphs.gradients)
+
+
+class Tagger(nn.Module):
+    """A class for every frame, by a layer of an encoder."""
+
+    def __init__(self, encoder: Encoder, layer: int) -> None:
+        super().__init__()
+        self.encoder, self.layer, self.output = encoder, layer, nn.Linear(encoder.architecture.hidden_size, 4)
+
+    def forward(self, batch: Batch) -> Tensor:
+        out: Tensor = self.output(self.encoder(batch.local, batch.lengths, self.layer).float())
+        return out
+
+
+def losses(model: Tagger, folder: Path, *, replays: bool) -> list[float]:
+    """Of twenty updates, of several batches each, on clips of which some are of equal lengths."""
+    random = np.random.default_rng(0)
+    lengths = [40, 30, 20, 40, 30, 20, 13, 40, 30, 20]
+    width = model.encoder.architecture.conv_dim[-1]
+    clips_ = Clips([str(n) for n in range(10)], [random.normal(size=(n, width)).astype(np.float16) for n in lengths])
+    labels = torch.from_numpy(random.integers(0, 4, sum(lengths))).to(DEVICE)
+
+    def objective(batch: Batch, _: torch.Generator) -> Terms:
+        valid = torch.arange(batch.local.shape[1]) < batch.lengths[:, None]
+        predicted, wanted = model(batch)[valid], labels[batch.rows][valid]
+        return Terms(F.cross_entropy(predicted, wanted, reduction="sum"), len(wanted))
+
+    trainer = Trainer(
+        model,
+        objective,
+        clips_,
+        config=OptimisationConfig(batch_size=5, learning_rate=1e-3),
+        compute=ComputeConfig(precision="bfloat16", batch_seconds=1.7),
+        key=Key(0, 1, "test"),
+        device=DEVICE,
+        checkpoint=folder / "checkpoint.safetensors",
+        fingerprint="test",
+        updates=20,
+    )
+    if not replays:
+        trainer._graphs, trainer._kept = [], {}
+        model.encoder.encoder.graphs, model.encoder.encoder.fuses = None, False
+    trainer.run()
+    assert all(graphs._graphs for graphs in trainer._graphs)
+    trainer.finish(folder / "history.parquet")
+    rows = HISTORY.read(folder / "history.parquet")[0].to_pylist()
+    return [row["value"] for row in rows if row["quantity"] == "loss"]
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("layer", [-1, -3])
+def test_training_with_replayed_layers_goes_as_with_plain_ones(
+    tiny_encoder: Encoder, tmp_path: Path, pre_norm: bool, layer: int
+) -> None:
+    architecture = replace(tiny_encoder.architecture, do_stable_layer_norm=pre_norm)
+    found = []
+    for replays in (False, True):
+        torch.manual_seed(0)
+        model = Tagger(Encoder(architecture, Regularisation()), layer)
+        model.encoder.load_state_dict(tiny_encoder.state_dict())
+        found.append(losses(model, tmp_path, replays=replays))
+    assert found[0] == pytest.approx(found[1], rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

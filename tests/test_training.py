@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,23 @@ def run(tmp_path) -> Callable[..., Run]:
         return Run(tmp_path / apart, **settings)
 
     return build
+
+
+def test_no_batch_of_an_update_keeps_the_autograd_graph_of_one_before(run):
+    """Beside one, CUDA graphs could not be recorded: nodes of the parameters would tie them to the stream of that."""
+    one, met = run(batch_seconds=1e-6), []
+    plain, weight = one.trainer.objective, one.model.linear.weight
+
+    def watched(batch: Batch, generator: torch.Generator) -> Terms:
+        node = torch.autograd.graph.get_gradient_edge(weight).node  # the graph's, as long as one lives
+        met.append("met" in node.metadata)
+        node.metadata["met"] = True
+        terms = plain(batch, generator)
+        return replace(terms, quantities={"loss": (terms.loss, terms.count)})
+
+    one.trainer.objective = watched
+    one.trainer._update()
+    assert met == [False] * BATCH
 
 
 @pytest.fixture

@@ -57,6 +57,11 @@ class Terms:
     quantities: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     """Further sums and their counts, for the history: accuracies, parts of the loss."""
 
+    def figures(self) -> Terms:
+        """The same without the autograd graph."""
+        quantities = {name: (total.detach(), count) for name, (total, count) in self.quantities.items()}
+        return Terms(self.loss.detach(), self.count, quantities)
+
 
 Objective = Callable[[Batch, torch.Generator], Terms]
 Validation = Callable[[], dict[str, float]]
@@ -234,7 +239,10 @@ class Trainer:
                     terms = self.objective(batch, generator)
                 terms.loss.backward()  # type: ignore[no-untyped-call]
                 self._add_up(gradients)
-                parts.append(Terms(terms.loss.detach(), terms.count, terms.quantities))
+                parts.append(terms.figures())
+                # Beside the autograd graph of another batch, LayerGraphs could not record: the parameters' nodes in it
+                # would tie the recording to the stream that they were made on.
+                del terms
         count = sum(part.count for part in parts)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
@@ -246,6 +254,7 @@ class Trainer:
         self._unsettled = made
         self.progress.update += 1
         if self.progress.update in self.after:
+            self._settle()
             self.after[self.progress.update]()
         if self.validate and self.progress.update % self.updates_per_epoch == 0:
             self._keep_best(self.validate)
