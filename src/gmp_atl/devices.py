@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +89,10 @@ def builds_kernels(device: torch.device) -> bool:
     try:
         from gmp_atl import fused
 
-        fused.activated(torch.zeros(1, 8, device=device), torch.nn.Linear(8, 8, device=device), 0.0)
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        x, linear, norm = torch.zeros(1, 8, **place), torch.nn.Linear(8, 8, **place), torch.nn.LayerNorm(8, **place)
+        fused.added(x, fused.activated(x, linear, 0.5), linear, norm, 0.5).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # those of Triton and of its compilers have no class in common
         log.warning(
             "Training uses torch's kernels and takes longer, since Triton cannot build others (%s). It needs a C "
             "compiler, such as gcc, and Python's header files.",
