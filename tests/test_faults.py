@@ -280,7 +280,7 @@ def made_jobs(folder: Path) -> dict[str, Job]:
         Job(
             "examples",
             {**slice_of("examples"), **features, **seed, "audio-root": folder, "model": at("finetuning", "model")}
-            | {"pretrained": at("pretrained", "model"), "multitask": at("multitask", "model")}
+            | {"fit-on": "training", "pretrained": at("pretrained", "model"), "multitask": at("multitask", "model")}
             | {"centroids": at("clustering", "centroids.safetensors")}
             | {"predictions": at("evaluation", "predictions.parquet")},
             {"embeddings": "embeddings.parquet", "output": "examples.parquet"},
