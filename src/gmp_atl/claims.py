@@ -52,8 +52,8 @@ class Claim:
 
 
 def claims(run: Evaluations) -> tuple[Claim, ...]:
-    """The paper's four claims (Secs. 4.2 and 4.3), with this run's evidence and the verdicts."""
-    return (_gmps_help(run), _ams_beats_ce(run), _best_layers(run), _best_unimodal(run))
+    """The paper's claims (Secs. 4.2 and 4.3), with this run's evidence and the verdicts."""
+    return (*_gmps_help(run), _ams_beats_ce(run), _best_layers(run), _best_unimodal(run))
 
 
 def verdict(interval: Interval | None, margin: float) -> Verdict:
@@ -73,10 +73,10 @@ def together(verdicts: Iterable[Verdict]) -> Verdict:
     return found.pop() if len(found) == 1 else Verdict.UNDECIDED
 
 
-def _gmps_help(run: Evaluations) -> Claim:
-    """Sec. 4.3.1: without the GMPs the performance "has dropped by at least 2%"."""
+def _gmps_help(run: Evaluations) -> tuple[Claim, Claim]:
+    """Sec. 4.3.1: GMPs "are beneficial"; without them the performance "has dropped by at least 2%"."""
     rows = [(f"with {loss.upper()}", (True, loss), (False, loss)) for loss in ("ce", "ams")]
-    return _of_table_3(run, "GMPs add at least 2 points", 2.0, rows)
+    return _of_table_3(run, "GMPs help", 0.0, rows), _of_table_3(run, "GMPs add at least 2 points", 2.0, rows)
 
 
 def _ams_beats_ce(run: Evaluations) -> Claim:
@@ -116,11 +116,12 @@ def _best_unimodal(run: Evaluations) -> Claim:
 
 
 def _has_the_papers_protocol(run: Evaluations) -> bool:
-    """The complete IEMOCAP, one session held out at a time, and nothing fitted or chosen on it."""
-    folds = run.config.folds
-    headers = [result.header for result in run.of(main_system(run.config))]
+    """The complete IEMOCAP, each session held out by itself, and nothing fitted or chosen on it."""
+    folds, main = run.config.folds, main_system(run.config)
+    headers = [result.header for result in run.of(main)]
     clean = all(header["selection"] != "oracle" and header["fit_on"] == "training" for header in headers)
-    return run.comparable and folds.by == "session" and all(len(group) == 1 for group in folds.held_out) and clean
+    one_by_one = folds.by == "session" and all(len(group) == 1 for group in folds.held_out)
+    return run.comparable and run.covers(main) and one_by_one and clean
 
 
 def _of_table_3(

@@ -105,6 +105,10 @@ class Evaluations:
     def of(self, system: System) -> list[Result]:
         return [result for result in self.results if result.system == system]
 
+    def covers(self, system: System) -> bool:
+        """Whether every fold has been evaluated: sessions differ by more than systems do."""
+        return {result.fold for result in self.of(system)} == {*range(1, len(self.config.folds.held_out) + 1)}
+
     def grid(self, system: System, measure: str) -> pd.DataFrame:
         """UAR or WAR in percent, folds (from 1) x seeds; NaN where not evaluated."""
         folds = range(1, len(self.config.folds.held_out) + 1)
