@@ -377,6 +377,7 @@ def test_labels_that_tell_one_attribute_share_all_with_it(mutual_information):
     """Gender is half of what a speaker is (here 4 speakers, 2 genders): 2 I / (1 + 2 bits) = 2/3."""
     found = mutual_information(lambda utterance: [3, 3] if "_male" in utterance else [1, 1])
     assert found["nmi_gender"] == pytest.approx(1)
+    assert [found[f"homogeneity_{each}"] for each in ("gender", "speaker", "emotion")] == pytest.approx([1, 1 / 2, 0])
     assert found["nmi_speaker"] == pytest.approx(2 / 3)
     assert found["nmi_emotion"] == pytest.approx(0, abs=1e-9)
 
@@ -388,3 +389,4 @@ def test_frames_count_not_clips(mutual_information):
     found = mutual_information(lambda utterance: [0, 1, 2, 3] if "sad" in utterance else [0, 0, 1, 1])
     # Emotion: 1 bit. Labels: (3, 3, 1, 1)/8, which is 1.811 bits; given the emotion 2 and 1 bit, so I = 0.311.
     assert found["nmi_emotion"] == pytest.approx(2 * 0.31128 / (1 + 1.81128), abs=1e-4)
+    assert found["homogeneity_emotion"] == pytest.approx(0.31128, abs=1e-4)

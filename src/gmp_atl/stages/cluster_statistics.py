@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import homogeneity_score, normalized_mutual_info_score
 
 from gmp_atl.config import FoldsSlice
 from gmp_atl.errors import UserError
@@ -36,7 +36,9 @@ def cluster_statistics(
 ) -> None:
     """Write CLUSTER_STATISTICS for all codebooks of one fold and seed.
 
-    `nmi_*` is the normalised mutual information (0 to 1) of a frame's label with its utterance's attribute.
+    `homogeneity_*` is the mutual information of a frame's label with its utterance's attribute, by the attribute's
+    entropy: 1 where labels tell it. `nmi_*` is the same by the mean of both entropies, and cannot reach 1 where there
+    are more centroids than values of the attribute.
     """
     split = training_split(utterances, config.folds, fold)
     rows = []
@@ -70,9 +72,9 @@ def _mutual_information(path: Path, split: Split) -> dict[str, float]:
     column = table["labels"].combine_chunks()
     labels, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
     values = {row["id"]: row for row in split.utterances.select(["id", *ATTRIBUTES]).to_pylist()}
-    return {
-        f"nmi_{attribute}": normalized_mutual_info_score(
-            np.repeat([values[utterance][attribute] for utterance in ids], lengths), labels
-        )
-        for attribute in ATTRIBUTES
-    }
+    found = {}
+    for attribute in ATTRIBUTES:
+        told = np.repeat([values[utterance][attribute] for utterance in ids], lengths)
+        found[f"homogeneity_{attribute}"] = homogeneity_score(told, labels)
+        found[f"nmi_{attribute}"] = normalized_mutual_info_score(told, labels)
+    return found
