@@ -45,6 +45,7 @@ from gmp_atl.systems import (
     table_3_systems,
 )
 
+ALONE = "Each interval holds by itself: of twenty, one misses by chance. The table of claims corrects for that."
 NOT_RUN = "not run"
 NONE = "n/a"
 DONE = "Folds × seeds"
@@ -242,6 +243,7 @@ def _effects(run: Evaluations) -> Table:
         "Differences in points, from the folds and seeds that both rows have.",
         "95 % t intervals of paired differences: over folds (means over seeds), over seeds (means over all folds).",
         "Folds share training data, so that the interval over folds is approximate.",
+        ALONE,
         *origin(run),
     ]
     return Table("effects", "Effects: differences between the rows of Table 3", rows, _not_comparable(run), footer)
@@ -270,6 +272,7 @@ def _ablations(run: Evaluations) -> Table:
     footer = [
         f"GMPs of layer {run.config.tables.layer}, under other settings than main's. {PLUS_MINUS}",
         "Differences from main with the same loss in points, with 95 % t intervals as in the table of effects.",
+        ALONE,
         *origin(run),
     ]
     return Table("ablations", "Ablations", rows, _partial(run), footer)
@@ -308,8 +311,11 @@ def _per_session(run: Evaluations) -> Table:
                 measure: _number(fmean(map(compute, matrices)) if matrices else None)
                 for measure, compute in MEASURES.items()
             }
-            utterances = str(here["id"].nunique()) if matrices else NOT_RUN
-            rows.append({"System": _system(system), "Session": session, "Utterances": utterances, **means})
+            counts = {
+                "Utterances": str(here["id"].nunique()) if matrices else NOT_RUN,
+                "Seeds": f"{len(matrices)}/{len(seeds(run.config, system))}",
+            }
+            rows.append({"System": _system(system), "Session": session, **counts, **means})
     footer = ["Means over seeds; UAR over the classes that the session has.", *origin(run)]
     return Table("per_session", "UAR and WAR of every session", rows, _partial(run), footer)
 
@@ -341,6 +347,7 @@ def _confusion_counts(run: Evaluations) -> Table:
                         "Prediction": prediction,
                         "Count": str(count),
                         "Percent of label": share,
+                        DONE: _evaluated(run, system),
                     }
                 )
     return Table("confusion", "Confusions, pooled over folds and seeds", rows, _partial(run), origin(run))
@@ -368,7 +375,11 @@ def _clusters(run: Evaluations) -> Table:
         | {str(name): f"{value:.4g}" if np.isfinite(value) else NONE for name, value in statistics.items()}
         for (variant, layer, size), statistics in means.sort_index(ascending=[True, False, True]).iterrows()
     ]
-    footer = ["Means over folds and seeds (fits).", *origin(run)]
+    footer = [
+        "Means over folds and seeds (fits). homogeneity: the share of an attribute's entropy that labels tell.",
+        "nmi: by the mean of both entropies, at most below 1, and lower with more centroids: it compares layers.",
+        *origin(run),
+    ]
     return Table("clusters", "Clusters behind the GMPs", rows, _partial(run), footer)
 
 
@@ -377,7 +388,7 @@ def _beside_paper(run: Evaluations, system: System, published: paper.Score) -> d
     for measure in MEASURES:
         theirs, ours = published.of(measure), summarise(run.grid(system, measure)).mean
         difference = None
-        if run.comparable and theirs is not None and ours is not None:
+        if run.comparable and run.covers(system) and theirs is not None and ours is not None:
             difference = ours - theirs
         cells[f"{measure} (paper)"] = _number(theirs)
         cells[f"{measure} ±folds ±seeds"] = _spread(measure, run, system)
@@ -415,7 +426,7 @@ def _difference(difference: Difference | None, heading: str = "This run") -> dic
 
 
 def _interval(over: str, interval: Interval | None) -> Cell:
-    low, high = (_signed(bound) for bound in ((interval.low, interval.high) if interval else (None, None)))
+    low, high = (f"{bound:+.2f}" for bound in (interval.low, interval.high)) if interval else (NONE, NONE)
     n = str(interval.n) if interval else NONE
     text = f"[{low}, {high}] n={n}" if interval else NONE
     return Cell(text, {f"{over}_low": low, f"{over}_high": high, f"{over}_n": n})
