@@ -156,7 +156,7 @@ class HeadConfig(Section):
     """Utterance head of stages 1 and 4: BiLSTM, mean over valid frames, LinearP (paper, Fig. 1)."""
 
     layer: Layer = -1
-    """Of HuBERT that the head reads, counted from the end: -1 is the last."""
+    """Of HuBERT that the head reads, counted from the end: -1 is the last. Stages 1 and 4 train none beyond it."""
     lstm_hidden: Count = 256
     """Per direction."""
     lstm_layers: Count = 1
