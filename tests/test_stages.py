@@ -38,6 +38,7 @@ from gmp_atl.model_files import load_tensors
 from gmp_atl.stages import local_features as local_features_stage
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.pretrained import pretrained
+from gmp_atl.training import Trainer
 
 # The pre-trained HuBERT.
 
@@ -380,6 +381,62 @@ def test_a_stage_that_is_stopped_by_sigterm_ends_as_one_that_is_not(stages, upst
     assert len(calls) == 3, "two updates before, one after"
     for path in whole.folder.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def another(path: Path, folder: Path) -> Path:
+    """A copy of a Parquet file, or of a folder with a model or a head, in which values differ and nothing else."""
+    copied = folder / f"another-{path.name}"
+    if path.is_dir():
+        shutil.copytree(path, copied)
+        for name in ("model", "head"):
+            if (weights := copied / f"{name}.safetensors").exists():
+                tensors, metadata = model_files.load_tensors(weights)
+                model_files.save_tensors({key: tensor + 1 for key, tensor in tensors.items()}, weights, **metadata)
+        return copied
+    kind, column = {"labels": (PSEUDO_LABELS, "labels")}.get(path.stem, (LOCAL_FEATURES, "frames"))
+    table, header = kind.read(path)
+    values = [bytes(len(each)) if isinstance(each, bytes) else each[::-1] for each in table[column].to_pylist()]
+    rows = [row | {column: value} for row, value in zip(table.to_pylist(), values, strict=True)]
+    kind.write(copied, pa.Table.from_pylist(rows, schema=kind.schema), **header)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        *(
+            (stage, name)
+            for stage in ("multitask", "retraining", "finetuning")
+            for name in ("local_features", "encoder")
+        ),
+        ("retraining", "pseudo_labels"),
+        ("finetuning", "multitask_head"),
+    ],
+)
+def test_a_checkpoint_of_other_inputs_is_not_taken_up(stages, upstream, monkeypatch, stage, name):
+    inputs = {
+        "local_features": stages.inputs.local_features,
+        "encoder": stages.inputs.encoder,
+        "pseudo_labels": [each.pseudo_labels for each in upstream.codebooks],
+        "multitask_head": upstream.multitask.folder,
+    }
+    own = {"retraining": {"pseudo_labels"}, "finetuning": {"multitask_head"}}.get(stage, set())
+    given = {key: inputs[key] for key in {"local_features", "encoder"} | own}
+    found = []
+
+    def begin(trainer: Trainer) -> None:
+        found.append(trainer.fingerprint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run", begin)
+    value = given[name]
+    other = (
+        [*value[:-1], another(value[-1], stages.folder)] if isinstance(value, list) else another(value, stages.folder)
+    )
+    for changes in ({}, {}, {name: other}):
+        with pytest.raises(KeyboardInterrupt):
+            getattr(stages, stage)(*([[]] if stage == "retraining" else []), **given | changes)
+    assert found[0] == found[1] != found[2]
 
 
 # Stages 4 and 5.

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
 
 from gmp_atl.errors import UserError
-from gmp_atl.files import atomic
+from gmp_atl.files import atomic, sha256
 
 KEY = "gmp_atl"
 """Name of this project's JSON object among a file's metadata."""
@@ -166,6 +166,14 @@ class File:
         except _DAMAGE as error:
             raise _damaged(self.path, error) from None
         return rows
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 that changes with what a file holds; of Parquet, that of its metadata, which have one of every column."""
+    if path.suffix != ".parquet":
+        return sha256(path)
+    found: bytes = pq.read_metadata(path).metadata[_DIGEST.encode()]
+    return found.decode()
 
 
 def _damaged(path: Path, reason: object) -> UserError:

@@ -32,8 +32,8 @@ from gmp_atl.code import code_hash
 from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder, Regularisation
 from gmp_atl.errors import UserError
-from gmp_atl.files import remove_partial, sha256
-from gmp_atl.formats import HISTORY
+from gmp_atl.files import remove_partial
+from gmp_atl.formats import HISTORY, content_digest
 from gmp_atl.frames import FRAME_SECONDS
 from gmp_atl.graphs import LayerGraphs
 from gmp_atl.model_files import load_tensors, save_tensors
@@ -127,7 +127,7 @@ def learning_rate(config: OptimisationConfig, update: int, updates: int) -> floa
 
 def fingerprint(stage: str, config: BaseModel, key: Key, inputs: Sequence[Path]) -> str:
     """What a checkpoint must match to be resumed: settings, run, code, and the content of input files."""
-    parts = [stage, config.model_dump_json(), repr(key), code_hash(stage), *map(sha256, inputs)]
+    parts = [stage, config.model_dump_json(), repr(key), code_hash(stage), *map(content_digest, inputs)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

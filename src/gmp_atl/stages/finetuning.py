@@ -50,7 +50,7 @@ def finetuning(
     backbone, origin = model_files.load_fitted(encoder, regularisation(settings.optimisation))
     whole.refuse_leaks(origin["fitted_on"], encoder)
     model = Classifier(backbone, config.head, {"emotion": len(config.classes)}, cosine=loss == "ams")
-    inputs = [utterances, encoder / "model.safetensors"]
+    inputs = [utterances, local_features, encoder / "model.safetensors"]
     if multitask_head is not None:
         taken_over = classifier.load_head(model, multitask_head, strict=False)
         whole.refuse_leaks(taken_over["fitted_on"], multitask_head)

@@ -72,7 +72,7 @@ def multitask(
         key=key,
         device=device,
         checkpoint=checkpoint,
-        fingerprint=fingerprint("multitask", config, key, [utterances, encoder / "model.safetensors"]),
+        fingerprint=fingerprint("multitask", config, key, [utterances, local_features, encoder / "model.safetensors"]),
         epochs=settings.epochs,
     )
     trainer.run()

@@ -61,6 +61,7 @@ def retraining(
         targets = {size: of_frames[batch.rows] for size, of_frames in labels.items()}
         return masked_prediction(model, batch.local, batch.lengths, mask, targets, settings.unmasked_weight)
 
+    inputs = [utterances, local_features, encoder / "model.safetensors", *pseudo_labels]
     trainer = Trainer(
         model,
         objective,
@@ -70,7 +71,7 @@ def retraining(
         key=key,
         device=device,
         checkpoint=checkpoint,
-        fingerprint=fingerprint("retraining", config, key, [utterances, encoder / "model.safetensors", *pseudo_labels]),
+        fingerprint=fingerprint("retraining", config, key, inputs),
         updates=settings.updates,
     )
     trainer.run()
