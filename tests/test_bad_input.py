@@ -686,6 +686,23 @@ def test_metadata_that_are_no_object(tmp_path: Path, samples: dict[str, bytes], 
     assert tried("Parquet: metadata", lambda: UTTERANCES.read(path), str(path)) is None
 
 
+def test_labels_that_have_moved_to_another_clip_are_noticed(tmp_path: Path) -> None:
+    """They are as many as they were, and in the same order."""
+    parted = {"whole": [[1, 2], [3]], "moved": [[1], [2, 3]]}
+    for name, labels in parted.items():
+        table = pa.table({"id": ["u0", "u1"], "labels": labels}, schema=PSEUDO_LABELS.schema)
+        PSEUDO_LABELS.write(tmp_path / name, table, **{key: HEADERS[key] for key in PSEUDO_LABELS.metadata})
+    header = pq.ParquetFile(tmp_path / "whole").metadata.metadata
+    path = rewritten(
+        {PSEUDO_LABELS.name: (tmp_path / "moved").read_bytes()},
+        PSEUDO_LABELS,
+        tmp_path / "labels.parquet",
+        lambda metadata: metadata.update({key: header[key] for key in metadata}),
+    )
+    told = f"{path} is damaged: its column labels has changed"
+    assert tried("Parquet: values moved", lambda: PSEUDO_LABELS.read(path), told) is None
+
+
 @pytest.mark.parametrize("frames", [b"", b"\0", b"\0" * 14, b"\0" * 18, b"\0" * 32])
 def test_frames_that_are_not_as_many_as_declared_are_refused(tmp_path: Path, frames: bytes) -> None:
     path = tmp_path / "features.parquet"

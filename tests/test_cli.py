@@ -68,6 +68,25 @@ def test_a_reader_who_has_enough_ends_a_command_without_a_traceback() -> None:
     assert process.wait() == 128 + signal.SIGPIPE
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What happens on the disk, in order: an inode that is synced, or the name that something is given."""
+    found: list[object] = []
+    sync, replace = os.fsync, Path.replace
+
+    def watched_sync(descriptor: int) -> None:
+        found.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def watched_replace(path: Path, target: Path) -> Path:
+        found.append(target)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    return found
+
+
 @pytest.mark.parametrize("place", ["folder", "folder/file/output", "/proc/output"])
 def test_where_no_file_can_be_nothing_is_left_and_the_place_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "folder").mkdir()
@@ -78,3 +97,9 @@ def test_where_no_file_can_be_nothing_is_left_and_the_place_is_named(tmp_path: P
         with pytest.raises(UserError, match=f"{place} cannot be written: ."), files.atomic_folder(tmp_path / place):
             pass
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", tmp_path / "folder/file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk: list[object]) -> None:
+    """Were the machine to fail between the two, the name would stand for nothing, or for a part."""
+    files.write_text(tmp_path / "file", "text")
+    assert disk == [(tmp_path / "file").stat().st_ino, tmp_path / "file"]

@@ -192,9 +192,12 @@ def test_clips_of_a_split_are_read_in_its_order_and_no_others(inputs):
     assert clips.lengths.tolist() == [len(inputs.frames[name]) for name in clips.ids]
 
 
-def test_features_of_another_encoder_are_refused(inputs):
+@pytest.mark.parametrize(
+    "reading", [Clips.read, lambda *given, **named: next(Clips.stream(*given, **named))], ids=["read", "stream"]
+)
+def test_features_of_another_encoder_are_refused(inputs, reading):
     with pytest.raises(UserError, match="features of tiny random HuBERT, but the model is built on another"):
-        Clips.read(inputs.local_features, everything(inputs.utterances), encoder="another")
+        reading(inputs.local_features, everything(inputs.utterances), encoder="another")
 
 
 def test_a_clip_without_features_is_named(inputs, tmp_path, write_utterances):

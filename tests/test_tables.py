@@ -292,9 +292,10 @@ def test_ablations_stand_beside_main(tmp_path):
     assert "TRANSDUCTIVE" not in run.tables()["table3.md"]
 
 
-def test_clusters_are_averaged(run):
+def test_clusters_that_the_config_asks_for_are_averaged(run):
     rows = [("main", fold, 0, -3, 64, "nmi_emotion", 0.01 * fold) for fold in (1, 2)]
-    rows.append(("foreign", 1, 0, -3, 64, "nmi_emotion", 1.0))
+    others = (("foreign", 1, 0), ("main", 9, 0), ("main", 1, 9))  # variant, fold and seed
+    rows += [(*other, -3, 64, "nmi_emotion", 1.0) for other in others]
     columns = dict(zip(CLUSTER_STATISTICS.schema.names, zip(*rows, strict=True), strict=True))
     table = pa.table(columns, schema=CLUSTER_STATISTICS.schema)
     CLUSTER_STATISTICS.write(run.evaluations / "deep/cluster_statistics.parquet", table)
@@ -367,6 +368,12 @@ def test_another_corpus_is_not_compared_with_the_paper(run):
 
 def test_a_manifest_is_not_the_papers_corpus_whatever_its_name(run):
     run.config = config(corpus={"reader": "manifest", "root": "iemocap.csv"})
+    fill(run)
+    assert "NOT COMPARABLE" in run.tables()["table2.md"]
+
+
+def test_two_classes_are_not_compared_with_the_papers_four(tmp_path):
+    run = Run(tmp_path, config(classes=["angry", "sad"]))
     fill(run)
     assert "NOT COMPARABLE" in run.tables()["table2.md"]
 
