@@ -103,3 +103,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk: list
     """Were the machine to fail between the two, the name would stand for nothing, or for a part."""
     files.write_text(tmp_path / "file", "text")
     assert disk == [(tmp_path / "file").stat().st_ino, tmp_path / "file"]
+
+
+def test_the_files_of_a_folder_are_on_the_disk_before_it_has_its_name(tmp_path: Path, disk: list[object]) -> None:
+    with files.atomic_folder(tmp_path / "folder") as fresh:
+        (fresh / "deep").mkdir()
+        written = [fresh / "file", fresh / "deep/file"]
+        for file in written:
+            file.touch()
+        inodes = {file.stat().st_ino for file in written}
+    *synced, named = disk
+    assert (set(synced), named) == (inodes, tmp_path / "folder")

@@ -56,8 +56,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary = folder / "partial"
         temporary.touch()
         yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        _sync(temporary)
         temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
 
@@ -73,6 +72,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         fresh = folder / "fresh"
         fresh.mkdir()
         yield fresh
+        for file in filter(Path.is_file, fresh.rglob("*")):
+            _sync(file)
         shutil.rmtree(path, ignore_errors=True)
         fresh.replace(path)
 
@@ -95,6 +96,12 @@ def _beside(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds a file's bytes: were the machine to fail, a new name might outlive them."""
+    with path.open("rb") as stream:  # a file of a folder may be read-only
+        os.fsync(stream.fileno())
 
 
 def _refusal(error: Exception) -> str | None:
