@@ -512,9 +512,10 @@ def test_markdown_columns_are_aligned(run):
 
 def test_csv_holds_numbers(run):
     fill(run)
+    table = run.table("table3")
     for column in ("uar_paper", "uar", "uar_std_folds", "uar_std_seeds", "uar_diff", "war"):
-        assert run.table("table3")[column].dtype == float
-        assert run.table("table3")[column].notna().any()
+        assert table[column].dtype == float
+        assert table[column].notna().any()
 
 
 def test_tables_are_shown_in_the_terminal(run, capsys):
