@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Before torch loads OpenMP: threads that wait for each other would otherwise spin, and take the cores that pytest's
+# other workers need to go on.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
