@@ -19,10 +19,21 @@ from transformers import HubertModel
 from gmp_atl import config as configs
 from gmp_atl import model_files, training
 from gmp_atl.audio import at_speed
+from gmp_atl.convolutions import Convolutions
 from gmp_atl.encoder import Encoder, from_scratch
 from gmp_atl.errors import LeakageError, UserError
-from gmp_atl.formats import EXCLUDED, HISTORY, LAYER_FEATURES, LOCAL_FEATURES, MFCC, PROBES, UTTERANCES, read_features
-from gmp_atl.frames import SAMPLE_RATE, n_frames
+from gmp_atl.formats import (
+    EXCLUDED,
+    HISTORY,
+    LAYER_FEATURES,
+    LOCAL_FEATURES,
+    MFCC,
+    PROBES,
+    PSEUDO_LABELS,
+    UTTERANCES,
+    read_features,
+)
+from gmp_atl.frames import HOP, SAMPLE_RATE, n_frames
 from gmp_atl.stages.clustering import clustering
 from gmp_atl.stages.corpus import corpus
 from gmp_atl.stages.layer_features import layer_features
@@ -258,6 +269,48 @@ def test_masks_are_drawn_as_the_config_says(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         made.train(1, into=tmp_path, config=changed)
     assert asked == [(0.3, 4, 3)]
+
+
+def test_the_labels_of_a_crop_are_those_of_the_frames_that_are_heard(made, tmp_path, monkeypatch):
+    """Clips lie one behind the other, each with a row of samples more than it has frames."""
+    together, heard, asked = Convolutions.together, [], []
+
+    def hear(convolutions: Convolutions, samples: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        heard.append(samples.numpy())
+        return together(convolutions, samples, lengths)
+
+    def ask(*arguments: Any) -> None:
+        asked.append(arguments[4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Convolutions, "together", hear)
+    monkeypatch.setattr("gmp_atl.stages.pretraining.masked_prediction", ask)
+    changed, clips = made.config("pretraining", 1).model_dump(), UTTERANCES.read(made.utterances)[0].to_pylist()
+    changed["pretraining"]["mixing"] = 0.0  # crops are told by their samples
+    changed["pretraining"]["iterations"][0]["optimisation"]["batch_size"] = len(clips)
+    with pytest.raises(KeyboardInterrupt):
+        made.train(1, into=tmp_path, config=configs.SLICES["pretraining"].model_validate(changed))
+    [samples], [targets] = heard, asked
+    labels = {}
+    for size in targets:
+        rows = PSEUDO_LABELS.read(made.of(1) / f"{size}.parquet")[0].to_pylist()
+        labels[size] = {row["id"]: row["labels"] for row in rows}
+    frames, places = n_frames(samples.shape[1]), []
+    for number, crop in enumerate(samples):
+        [(name, start)] = [(clip["id"], start) for clip in clips for start in starts(crop, made.audio / clip["path"])]
+        places.append((name, start))
+        for size, of_crops in targets.items():
+            assert of_crops[number].tolist() == labels[size][name][start : start + frames], (size, name, start)
+    assert sorted({name for name, _ in places}) == sorted(clip["id"] for clip in clips)
+    assert len({start for _, start in places}) > 3
+
+
+def starts(crop: np.ndarray, path: Path) -> list[int]:
+    """Frames of a recording that a crop of it, (samples,), may begin at."""
+    samples = soundfile.read(path, dtype="float32")[0].astype(np.float16)  # as it is held
+    padded = np.pad(samples, (0, HOP))
+    firsts = range(0, len(padded) - len(crop) + 1, HOP)
+    return [first // HOP for first in firsts if np.array_equal(padded[first : first + len(crop)], crop)]
 
 
 def test_a_stopped_iteration_ends_with_the_same_encoders(made, tmp_path, monkeypatch):
