@@ -44,9 +44,11 @@ def test_layer_features_are_those_of_the_cpu(stages: Stages) -> None:
     np.testing.assert_allclose(frames[0], frames[1], atol=5e-3)
 
 
-@pytest.mark.parametrize("norm", ["group", "layer"])
-def test_local_features_are_those_of_the_cpu(tiny_encoder: Encoder, norm: str) -> None:
-    encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm)).eval()
+@pytest.mark.parametrize(("norm", "biased"), [("group", False), ("layer", False), ("layer", True)])
+def test_local_features_are_those_of_the_cpu(tiny_encoder: Encoder, norm: str, biased: bool) -> None:
+    encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm, conv_bias=biased)).eval()
+    for layer in encoder.feature_extractor.conv_layers if biased else ():
+        nn.init.normal_(layer.conv.bias)  # those of a new layer are small
     random = np.random.default_rng(0)
     waves = [random.normal(0, 0.1, length).astype(np.float32) for length in (400, 9000, 5000)]
     found = [

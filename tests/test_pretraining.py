@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import nn
 from transformers import HubertModel
 
 from gmp_atl import config as configs
@@ -62,9 +63,11 @@ PRETRAINING: dict[str, Any] = {
 # Convolutions.
 
 
-@pytest.mark.parametrize("norm", ["group", "layer"])
-def test_convolutions_of_padded_clips_are_those_of_each_alone(tiny_encoder, norm):
-    encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm)).eval()
+@pytest.mark.parametrize(("norm", "biased"), [("group", False), ("layer", False), ("layer", True)])
+def test_convolutions_of_padded_clips_are_those_of_each_alone(tiny_encoder, norm, biased):
+    encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm, conv_bias=biased)).eval()
+    for layer in encoder.feature_extractor.conv_layers if biased else ():
+        nn.init.normal_(layer.conv.bias)  # those of a new layer are small
     audio = torch.randn(3, 4321, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         clips = [audio[0], audio[1, :2222], audio[2, :400]]
