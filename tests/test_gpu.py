@@ -47,8 +47,10 @@ def test_layer_features_are_those_of_the_cpu(stages: Stages) -> None:
 @pytest.mark.parametrize(("norm", "biased"), [("group", False), ("layer", False), ("layer", True)])
 def test_local_features_are_those_of_the_cpu(tiny_encoder: Encoder, norm: str, biased: bool) -> None:
     encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm, conv_bias=biased)).eval()
+    # Without a norm over channels, a new encoder's features are too small for the tolerance.
+    encoder.load_state_dict(tiny_encoder.state_dict(), strict=False)
     for layer in encoder.feature_extractor.conv_layers if biased else ():
-        nn.init.normal_(layer.conv.bias)  # those of a new layer are small
+        nn.init.normal_(layer.conv.bias)
     random = np.random.default_rng(0)
     waves = [random.normal(0, 0.1, length).astype(np.float32) for length in (400, 9000, 5000)]
     found = [

@@ -66,8 +66,10 @@ PRETRAINING: dict[str, Any] = {
 @pytest.mark.parametrize(("norm", "biased"), [("group", False), ("layer", False), ("layer", True)])
 def test_convolutions_of_padded_clips_are_those_of_each_alone(tiny_encoder, norm, biased):
     encoder = Encoder(replace(tiny_encoder.architecture, feat_extract_norm=norm, conv_bias=biased)).eval()
+    # Without a norm over channels, a new encoder's features are too small for the tolerance.
+    encoder.load_state_dict(tiny_encoder.state_dict(), strict=False)
     for layer in encoder.feature_extractor.conv_layers if biased else ():
-        nn.init.normal_(layer.conv.bias)  # those of a new layer are small
+        nn.init.normal_(layer.conv.bias)
     audio = torch.randn(3, 4321, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         clips = [audio[0], audio[1, :2222], audio[2, :400]]
