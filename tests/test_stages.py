@@ -7,11 +7,15 @@ import math
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import soundfile
@@ -36,7 +40,10 @@ from gmp_atl.masked_prediction import masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.model_files import load_tensors
 from gmp_atl.stages import local_features as local_features_stage
+from gmp_atl.stages import pretraining
+from gmp_atl.stages.functionals import functionals
 from gmp_atl.stages.local_features import local_features
+from gmp_atl.stages.mfcc import mfcc
 from gmp_atl.stages.pretrained import pretrained
 from gmp_atl.training import Trainer
 
@@ -194,10 +201,34 @@ def test_local_features_in_bfloat16_are_close(stages, recordings):
     assert 0.998 < cosines.min() < 1
 
 
-def test_a_recording_that_has_changed_since_is_refused(stages, recordings):
+@pytest.fixture
+def opensmile(monkeypatch) -> None:
+    """Stands for openSMILE, which is optional: zeros for any clip."""
+    smile = SimpleNamespace(process_signal=lambda samples, rate: pd.DataFrame(np.zeros((1, 88))))
+    kinds = {"FeatureSet": SimpleNamespace(eGeMAPSv02="set"), "FeatureLevel": SimpleNamespace(Functionals="level")}
+    module = SimpleNamespace(Smile=lambda **options: smile, __version__="0", **kinds)
+    monkeypatch.setitem(sys.modules, "opensmile", module)
+
+
+READERS: dict[str, Callable[..., Any]] = {
+    "local features": features_of,
+    "functionals": lambda stages, recordings: functionals(**recordings),
+    "MFCCs": lambda stages, recordings: mfcc(**recordings),
+    "waveforms of pre-training": lambda stages, recordings: pretraining._waveforms(
+        UTTERANCES.read(recordings["utterances"])[0], recordings["audio_root"]
+    ),
+}
+"""All that read recordings of a table, but for examples (test_examples.py)."""
+
+
+@pytest.mark.usefixtures("opensmile")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_recording_that_has_changed_since_is_refused(stages, recordings, reader):
+    READERS[reader](stages, recordings)
+    recordings["output"].unlink(missing_ok=True)
     soundfile.write(recordings["audio_root"] / "r1.wav", np.linspace(0, 0.1, 4999), 16_000)
     with pytest.raises(UserError, match=r"r1.wav has 4999 samples at 16 kHz, but had 5000 when"):
-        features_of(stages, recordings)
+        READERS[reader](stages, recordings)
     assert not recordings["output"].exists()
 
 
