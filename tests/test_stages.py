@@ -28,10 +28,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
-from gmp_atl import classifier, model_files
+from gmp_atl import classifier, model_files, training
 from gmp_atl import config as configs
 from gmp_atl.classifier import Classifier
-from gmp_atl.clips import Clips, collate, random_crops, within_budget
+from gmp_atl.clips import Clips, Crop, collate, random_crops, within_budget
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.files import sha256
@@ -39,13 +39,14 @@ from gmp_atl.formats import LAYER_FEATURES, LOCAL_FEATURES, PREDICTIONS, PSEUDO_
 from gmp_atl.masked_prediction import masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.model_files import load_tensors
+from gmp_atl.randomness import Key
 from gmp_atl.stages import local_features as local_features_stage
 from gmp_atl.stages import pretraining
 from gmp_atl.stages.functionals import functionals
 from gmp_atl.stages.local_features import local_features
 from gmp_atl.stages.mfcc import mfcc
 from gmp_atl.stages.pretrained import pretrained
-from gmp_atl.training import Trainer
+from gmp_atl.training import Terms, Trainer
 
 # The pre-trained HuBERT.
 
@@ -269,6 +270,36 @@ def test_a_layer_that_half_precision_cannot_hold_is_named(stages, monkeypatch):
     monkeypatch.setattr(Encoder, "hidden_states", loud)
     with pytest.raises(UserError, match=r"^Layer -3 exceeds the range of float16; the encoder has diverged\.$"):
         stages.layer_features(stages.inputs.encoder, -3)
+
+
+# Crops.
+
+
+def test_every_update_crops_a_long_clip_anew(monkeypatch, tmp_path):
+    """Else training would hear the same few seconds of it over and over."""
+    starts, updates = [], 30
+
+    def spy(*arguments: Any) -> list[Crop]:
+        crops = random_crops(*arguments)
+        starts.extend(crop.start for crop in crops)
+        return crops
+
+    monkeypatch.setattr(training, "random_crops", spy)
+    model, clips = torch.nn.Linear(2, 1), Clips(["long"], [np.ones((1000, 2), np.float16)])
+    Trainer(
+        model,
+        lambda batch, generator: Terms(model(batch.local).sum(), 1),
+        clips,
+        config=configs.OptimisationConfig(batch_size=1, max_clip_seconds=0.2),
+        compute=configs.ComputeConfig(precision="float32"),
+        key=Key(0, 1, "stage"),
+        device=torch.device("cpu"),
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        fingerprint="of this run",
+        updates=updates,
+    ).run()
+    assert len(starts) == updates
+    assert len(set(starts)) > updates / 2
 
 
 # Stage 1.
