@@ -27,6 +27,7 @@ from gmp_atl.stages.tables import tables
 from gmp_atl.systems import main_system, systems
 
 ROOT = Path(__file__).parents[1]
+PAPER: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 JOBS = {
     "synthesis": 1,
     "corpus": 1,
@@ -97,6 +98,26 @@ def plan(folder: Path, *arguments: str, config: dict[str, Any] | None = None) ->
     return jobs
 
 
+def planned_jobs(folder: Path, config: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """The jobs that snakemake would run, by rule and seed; the seed is empty for jobs that have none."""
+    run = snakemake(folder, "--dry-run", config=config)
+    assert run.returncode == 0, run.stderr
+    jobs = re.findall(r"^(?:local)?rule (?!all:)(\w+):\n((?: {4}.*\n)+)", run.stdout, re.MULTILINE)
+    [total] = {*re.findall(r"^total +(\d+)$", run.stdout, re.MULTILINE)}
+    assert len(jobs) == int(total) - 1, run.stdout
+    return Counter(
+        (rule, "".join(re.findall(r"^ +wildcards: .*\bseed=(\d+)", said, re.MULTILINE))) for rule, said in jobs
+    )
+
+
+def plan_from_one_seed(folder: Path, config: dict[str, Any]) -> Counter[str]:
+    """What `plan` gives for all seeds of the config, at the cost of one: jobs that have a seed are there for each."""
+    jobs: Counter[str] = Counter()
+    for (rule, seed), count in planned_jobs(folder, {**config, "seeds": [1]}).items():
+        jobs[rule] += count * len(config["seeds"]) if seed else count
+    return jobs
+
+
 def overlaid(*changes: dict[str, Any]) -> dict[str, Any]:
     """TINY with changes, section by section."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
@@ -124,15 +145,28 @@ def corpora(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def plan_of_config_yaml(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+    """As it is, with three seeds."""
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "data/IEMOCAP_full_release").mkdir(parents=True)
+    return plan(folder)
+
+
 @pytest.mark.parametrize(
     ("preset", "folds", "seeds", "layers"),
     [("demo", 5, 1, 3), (None, 5, 3, 8), ("emodb", 5, 3, 8), ("ravdess", 6, 3, 8), ("manifest", 3, 3, 8)],
 )
-def test_plan_shares_every_common_stage(corpora: Path, preset: str | None, folds: int, seeds: int, layers: int) -> None:
-    config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
-    runs = folds * seeds
+def test_plan_shares_every_common_stage(
+    corpora: Path, plan_of_config_yaml: Counter[str], preset: str | None, folds: int, seeds: int, layers: int
+) -> None:
+    config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else {}
+    assert len({**PAPER, **config}["seeds"]) == seeds
+    # More seeds only multiply what one has, so that presets are planned with one.
+    planned = plan(corpora, config={**config, "seeds": [1]}) if preset else plan_of_config_yaml
+    runs = folds * (1 if preset else seeds)
     systems = layers + 3  # the layers with AM-Softmax (Tables 2 and 4), and three more rows of Table 3
-    assert plan(corpora, config=config) == Counter(
+    assert planned == Counter(
         {
             "synthesis": int(preset == "demo"),
             "corpus": 1,
@@ -174,7 +208,9 @@ def test_what_the_tables_ask_for_is_what_is_run(
 
 
 @pytest.mark.parametrize(("column", "preset"), [(0, None), (1, "ablations")])
-def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, preset: str | None) -> None:
+def test_the_plan_is_that_of_the_page_on_scaling(
+    corpora: Path, plan_of_config_yaml: Counter[str], column: int, preset: str | None
+) -> None:
     config = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text()) if preset else None
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     [table] = re.findall(r"## Jobs\n(.*?)\n## ", page, re.DOTALL)
@@ -184,9 +220,23 @@ def test_the_plan_is_that_of_the_page_on_scaling(corpora: Path, column: int, pre
             for rule, counts in re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.MULTILINE)
         }
     )
-    assert plan(corpora, config=config) == told
+    assert (plan_from_one_seed(corpora, config) if config else plan_of_config_yaml) == told
     [total] = re.findall(r"^\| all \|(.*)\|$", table, re.MULTILINE)
     assert int(total.split("|")[column]) == told.total()
+
+
+def test_every_seed_has_the_jobs_of_the_first(tmp_path: Path) -> None:
+    # Ablations that repeat stage 1, clustering, retraining and fine-tuning, and what comes after them.
+    ablations = {
+        "frozen": {"multitask": {"encoder": "frozen"}},
+        "transductive": {"clustering": {"fit_on": "all"}},
+        "cosine": {"retraining": {"codebook_head": "cosine"}},
+        "oracle": {"finetuning": {"selection": "oracle"}},
+    }
+    jobs = planned_jobs(tmp_path, overlaid({"seeds": [1, 2], "ablations": ablations}))
+    of_seeds = [{rule: count for (rule, of), count in jobs.items() if of == seed} for seed in ("1", "2", "")]
+    assert of_seeds[0] == of_seeds[1]
+    assert of_seeds[0].keys() == {"ablation_layer_features", *JOBS} - of_seeds[2].keys()
 
 
 def test_a_codebook_that_one_ablation_adds_is_of_one_layer(corpora: Path, plan_of_the_paper: Counter[str]) -> None:
