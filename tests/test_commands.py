@@ -56,7 +56,7 @@ EXPANDED = {
     "make test-faults": LONG,
     "make test-heavy": LONG,
     "make test-soak": LONG,
-    "make test-slurm": "root and the network; CI runs it",
+    "make test-slurm": "root and the network; CI runs it where there is time",
 }
 """What is needed by targets of which make only prints all commands here."""
 CPU = "--workflow-profile workflow/profiles/cpu"
