@@ -1,0 +1,80 @@
+"""The hash of a stage's code: what it follows, and what it leaves out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gmp_atl import code
+
+ROOT = Path(__file__).parents[1]
+STAGES = sorted(path.stem for path in (ROOT / "src/gmp_atl/stages").glob("[!_]*.py"))
+
+
+def forget() -> None:
+    """What was read of the package."""
+    for function in vars(code).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder, not yet there, that is hashed in place of the package."""
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path / "gmp_atl")
+    yield tmp_path / "gmp_atl"
+    forget()
+
+
+def hashes(*stages: str) -> dict[str, str]:
+    forget()
+    return {stage: code.code_hash(stage) for stage in stages}
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def test_a_change_counts_for_stages_that_import_it_and_a_comment_for_none(package: Path) -> None:
+    """Stages that train import the encoder, and the encoder positions.py."""
+    shutil.copytree(ROOT / "src/gmp_atl", package)
+    before = hashes(*STAGES)
+    append(package / "positions.py", "\n\n# A comment.\n")
+    assert hashes(*STAGES) == before
+    append(package / "positions.py", "CHANGED = 1\n")
+    after = hashes(*STAGES)
+    changed = {stage for stage in STAGES if after[stage] != before[stage]}
+    assert {"finetuning", "retraining"} <= changed
+    assert not {"corpus", "tables"} & changed
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from gmp_atl import far",
+        "from gmp_atl.far import VALUE",
+        "import json, gmp_atl.far as other",
+        "def late():\n    from gmp_atl.far import VALUE",
+        "from gmp_atl.near import VALUE",
+        "from gmp_atl import folder",
+        "from gmp_atl.folder import near",
+    ],
+)
+def test_every_form_of_import_is_followed(package: Path, statement: str) -> None:
+    for folder in ("stages", "folder"):
+        (package / folder).mkdir(parents=True)
+    # Modules that import each other have a hash too.
+    (package / "far.py").write_text("from gmp_atl import near\n\nVALUE = 1\n", encoding="utf-8")
+    for near in ("near.py", "folder/near.py", "folder/__init__.py"):
+        (package / near).write_text("from gmp_atl.far import VALUE\n", encoding="utf-8")
+    (package / "stages/here.py").write_text(statement, encoding="utf-8")
+    (package / "stages/elsewhere.py").write_text("import json\n", encoding="utf-8")
+    before = hashes("here", "elsewhere")
+    append(package / "far.py", "CHANGED = 1\n")
+    after = hashes("here", "elsewhere")
+    assert after["here"] != before["here"]
+    assert after["elsewhere"] == before["elsewhere"]
