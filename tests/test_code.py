@@ -1,7 +1,8 @@
-"""The hash of a stage's code: what it follows, and what it leaves out."""
+"""The hash of a stage's code: what it follows, what it leaves out, and that every rule has its own stage's."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,34 @@ def test_every_form_of_import_is_followed(package: Path, statement: str) -> None
     after = hashes("here", "elsewhere")
     assert after["here"] != before["here"]
     assert after["elsewhere"] == before["elsewhere"]
+
+
+def rules() -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each rule, the stages that it calls, and what its params have as code; it may have both from another rule."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for path in sorted((ROOT / "workflow/rules").glob("*.smk")):
+        blocks = r"^(?:use rule (\w+) as|rule) (\w+)(?: with)?:\n((?:(?: .*)?\n)*)"
+        for base, name, block in re.findall(blocks, path.read_text(encoding="utf-8"), re.MULTILINE):
+            calls, hashed = found.get(base, ([], []))
+            if "    shell:\n" in block:
+                calls = re.findall(r"python -m gmp_atl (\w+)", block)
+            if params := re.search(r"^    params:\n((?: {8}.*\n)*)", block, re.MULTILINE):
+                hashed = re.findall(r"^ {8}code=(.*),$", params[1], re.MULTILINE)
+            found[name] = calls, hashed
+            yield name, calls, hashed
+
+
+RULES = list(rules())
+
+
+@pytest.mark.parametrize(("rule", "calls", "hashed"), RULES, ids=[rule for rule, *_ in RULES])
+def test_a_rule_is_rerun_for_the_code_of_the_stage_that_it_calls(
+    rule: str, calls: list[str], hashed: list[str]
+) -> None:
+    [stage] = calls
+    assert hashed == [f'code_hash("{stage}")']
+
+
+def test_every_stage_is_called_by_a_rule() -> None:
+    """Else the rules above would not be all of them."""
+    assert {stage for _, calls, _ in RULES for stage in calls} == {*STAGES}
