@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -491,6 +493,31 @@ def test_readings_2_and_12_choose_what_a_stage_starts_from(
     assert len(commands) > len(without_gmps) == (2 if rule == "finetuning" else 0)
     assert all(encoder in command for command in {*commands} - {*without_gmps})
     assert all("/pretrained " in each and "--multitask-head none " in each for each in without_gmps)
+
+
+@pytest.mark.parametrize(
+    ("change", "readings"),
+    [
+        ({"clustering": {"fit_on": "all"}}, {"main": "all"}),
+        ({"ablations": {"other": {"clustering": {"fit_on": "all"}}}}, {"main": "training", "other": "all"}),
+        (
+            {"clustering": {"fit_on": "all"}, "ablations": {"other": {"clustering": {"fit_on": "training"}}}},
+            {"main": "all", "other": "training"},
+        ),
+    ],
+    ids=["main run", "ablation", "all but an ablation"],
+)
+def test_reading_10_reaches_every_job_that_labels_results_with_it(
+    tmp_path: Path, change: dict[str, Any], readings: dict[str, str]
+) -> None:
+    run = snakemake(tmp_path, "--dry-run", "--printshellcmds", config=overlaid(change))
+    told = set()
+    for command in re.findall(r"gmp_atl (?:evaluation|examples) .*", run.stdout):
+        words = shlex.split(command)
+        options = dict(itertools.pairwise(words))
+        told.add((words[1], options.get("--variant", "main"), options["--fit-on"]))
+    evaluations = {("evaluation", variant, fit_on) for variant, fit_on in readings.items()}
+    assert told == evaluations | {("examples", "main", readings["main"])}
 
 
 def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: Path) -> None:
