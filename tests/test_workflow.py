@@ -520,6 +520,20 @@ def test_reading_10_reaches_every_job_that_labels_results_with_it(
     assert told == evaluations | {("examples", "main", readings["main"])}
 
 
+def test_jobs_per_gpu_and_checkpoint_minutes_reach_jobs_by_their_environment(tmp_path: Path) -> None:
+    # In place of a stage: what the package reads from the environment of the job.
+    read = "from gmp_atl import leases, training; print(leases.JOBS_PER_GPU, training.CHECKPOINT_MINUTES)"
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\n'{sys.executable}' -c '{read}' > '{tmp_path}/read'\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    config = overlaid({"compute": {"jobs_per_gpu": 2, "checkpoint_minutes": 7.5}})
+    start = prepared(tmp_path, "results/tiny/pretrained/config.json", config=config)
+    start["env"]["PATH"] = f"{python.parent}{os.pathsep}{start['env']['PATH']}"
+    run = subprocess.run(**start, capture_output=True, text=True, check=False)
+    assert (tmp_path / "read").read_text() == "2 7.5\n", run.stdout + run.stderr
+
+
 def test_tables_regenerate_from_the_evaluations_alone(finished: Path, tmp_path: Path) -> None:
     made = finished / "results/tiny"
     shutil.copytree(made / "evaluations", tmp_path / "results/tiny/evaluations")
