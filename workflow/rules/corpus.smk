@@ -1,4 +1,4 @@
-# Release on disk -> utterance table. Every clip is decoded here, so that a damaged one is found before hours of training.
+# Release on disk -> utterance table. Every clip is decoded here: a damaged one is found before hours of training.
 rule synthesis:
     output:
         index="<results>/release/index.csv",

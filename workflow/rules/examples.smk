@@ -37,5 +37,5 @@ rule examples:
         " --fold {params.first[fold]} --seed {params.first[seed]} --utterances {input.utterances}"
         " --audio-root {params.audio_root:q} --local-features {input.features} --pretrained {params.pretrained}"
         " --multitask {params.multitask} --centroids {input.centroids} --model {params.model}"
-        " --predictions {input.predictions} --fit-on {params.fit_on} --embeddings {output.embeddings} --output {output.examples}"
-        " --provenance {output.provenance} 2> {log}"
+        " --predictions {input.predictions} --fit-on {params.fit_on}"
+        " --embeddings {output.embeddings} --output {output.examples} --provenance {output.provenance} 2> {log}"
