@@ -136,6 +136,11 @@ class EncoderConfig(Section):
             raise ValueError("source: directory needs path")
         return self
 
+    @property
+    def folder(self) -> Path | None:
+        """That the encoder lies in; None if it is fetched or made."""
+        return {"packaged": PACKAGED_ENCODER, "directory": self.path}.get(self.source)
+
 
 class ComputeConfig(Section):
     """How stages compute; results may move within floating-point tolerance."""

@@ -17,7 +17,7 @@ import yaml
 
 from gmp_atl import config as configs
 from gmp_atl import config_files
-from gmp_atl.config import PACKAGED_ENCODER, Config, shared_variant
+from gmp_atl.config import Config, shared_variant
 from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
 from gmp_atl.systems import BASELINE, check_layers, systems
@@ -190,7 +190,7 @@ def _encoder(config: Config) -> Finding:
         return Finding("encoder", State.OK, "random weights, made by the run")
     if settings.source == "hub":
         return _hub_encoder(str(settings.name), str(settings.revision))
-    folder = PACKAGED_ENCODER if settings.source == "packaged" else settings.path
+    folder = settings.folder
     assert folder is not None  # the config has checked
     weights = _WEIGHTS if settings.sha256 else _WEIGHTS[:1]
     absent = [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gmp_atl import paper
 from gmp_atl.architecture import Architecture
-from gmp_atl.config import PACKAGED_ENCODER, Config, EncoderConfig, shared_variant, variant
+from gmp_atl.config import Config, EncoderConfig, shared_variant, variant
 from gmp_atl.errors import UserError
 
 LOSSES = {"ce": "CE", "ams": "AMS"}
@@ -103,7 +103,6 @@ def _layers(encoder: EncoderConfig) -> int | None:
     """How many an encoder has; None where that is not known, as of the hub's."""
     if encoder.source == "scratch":
         return encoder.scratch.layers
-    folder = PACKAGED_ENCODER if encoder.source == "packaged" else encoder.path
-    if encoder.source == "hub" or folder is None or not (folder / "config.json").exists():
+    if encoder.folder is None or not (encoder.folder / "config.json").exists():
         return None
-    return Architecture.read(folder).num_hidden_layers
+    return Architecture.read(encoder.folder).num_hidden_layers
