@@ -650,7 +650,9 @@ def test_a_run_that_is_stopped_in_any_way_goes_on_and_ends_with_the_same_tables(
     assert "stopped by SIGTERM after update" in run.log
     run.stop(signal.SIGKILL)
     resumed.append(run.resumed_at())
-    refused = snakemake(tmp_path, config=run.config)  # as it would be while another run is in the folder
+    # As it would be while another run is in the folder. Without the option, which the profiles have, files that jobs
+    # had just written when they were killed would be refused before the folder is.
+    refused = snakemake(tmp_path, "--rerun-incomplete", config=run.config)
     assert refused.returncode != 0
     assert "cannot be locked" in refused.stderr
     unlock = snakemake(tmp_path, "--unlock", config=run.config)
