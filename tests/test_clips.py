@@ -81,12 +81,16 @@ def test_a_clip_whose_features_float16_cannot_hold_is_named(tiny_encoder):
 # Epochs.
 
 
-@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=900), size=st.integers(1, 64), seed=st.integers(0, 9))
-def test_an_epoch_has_every_clip_once_in_full_batches_but_one(lengths, size, seed):
-    batches = epoch_batches(np.array(lengths), size, generator(seed))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert len(batches) == math.ceil(len(lengths) / size)
-    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
+@given(count=st.integers(1, 900), size=st.integers(1, 64), seed=st.integers(0, 9))
+def test_an_epoch_has_every_clip_once_in_batches_of_one_size(count, size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 500, count)
+    batches = epoch_batches(lengths, size, generator(seed))
+    assert sorted(index for batch in batches for index in batch) == list(range(count))
+    assert len(batches) == math.ceil(count / size)
+    sizes = {len(batch) for batch in batches}
+    assert max(sizes) <= size
+    # What is missing from the last pool is shared out among its batches, which are 25 at least where there are others.
+    assert max(sizes) - min(sizes) <= max(1, math.ceil(size / 25))
 
 
 def test_epochs_differ_by_their_generator_alone():

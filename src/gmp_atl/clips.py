@@ -173,9 +173,10 @@ def collate(clips: Clips, crops: Sequence[Crop]) -> Batch:
 
 
 def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) -> list[list[int]]:
-    """All clips once, in batches of `size` clips of similar length, in random order.
+    """All clips once, in as few batches of at most `size` clips of similar length as there can be, in random order.
 
-    The last batch is smaller if the number of clips is no multiple of `size`.
+    Batches of an epoch are of about the same size. A small last one, in an update of its own, would give its clips many
+    times the weight of others; and they would be the longest.
     """
     order = torch.randperm(len(lengths), generator=generator).numpy()
     n_batches = math.ceil(len(order) / size)
@@ -185,7 +186,7 @@ def epoch_batches(lengths: np.ndarray, size: int, generator: torch.Generator) ->
     for pool in range(0, len(order), clips_of_pool):
         members = order[pool : pool + clips_of_pool]
         members = members[np.argsort(lengths[members], kind="stable")]
-        batches += [members[i : i + size].tolist() for i in range(0, len(members), size)]
+        batches += [each.tolist() for each in np.array_split(members, math.ceil(len(members) / size))]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
