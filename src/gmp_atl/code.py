@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).parent
 def code_hash(stage: str) -> str:
     """Twelve hexadecimal digits over every module that `gmp_atl.stages.<stage>` imports, directly or not.
 
-    Comments and formatting do not count: the hash is taken over the syntax tree.
+    Comments, docstrings and formatting do not count: the hash is taken over the syntax tree.
     """
     modules, frontier = set(), {_PACKAGE / "stages" / f"{stage}.py"}
     while frontier:
@@ -26,9 +26,18 @@ def code_hash(stage: str) -> str:
     return digest.hexdigest()[:12]
 
 
+class _WithoutText(ast.NodeTransformer):
+    """Takes out strings that stand by themselves: docstrings, of attributes too."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+
 @cache
 def _tree(module: Path) -> ast.Module:
-    return ast.parse(module.read_text(encoding="utf-8"))
+    tree: ast.Module = _WithoutText().visit(ast.parse(module.read_text(encoding="utf-8")))
+    return tree
 
 
 @cache
