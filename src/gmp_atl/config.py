@@ -244,7 +244,8 @@ class MaskConfig(Section):
     length: Count = 10
     """Frames of a span, at 50 per second."""
     min_spans: Count = 1
-    """Spans of a clip at least; P-TAPT's reading takes two."""
+    """Spans of a clip at least. P-TAPT's reading takes two; so does HuBERT's code, which at its probability is the same
+    for clips of half a second or more."""
 
 
 class RetrainingConfig(Section):
