@@ -93,14 +93,25 @@ class Evaluations:
     """That all this was read from."""
 
     @cached_property
-    def comparable(self) -> bool:
-        """Whether the paper's figures were measured on these data."""
-        return (
+    def unlike_paper(self) -> list[str]:
+        """What keeps the paper's figures from being comparable with these: how they were made, and how these."""
+        of_corpus = (
             self.config.corpus.reader == paper.READER  # a manifest may be named as one likes
             and self.corpus.name.lower() == paper.READER
             and self.corpus.complete
             and set(self.config.classes) == set(paper.TABLE_1)
         )
+        folds, encoder = self.config.folds, self.config.encoder
+        of_folds = folds.by == "session" and all(len(group) == 1 for group in folds.held_out)
+        from_hub = encoder.source == "hub" and encoder.name == paper.ENCODER
+        of_encoder = from_hub or (encoder.source == "directory" and encoder.sha256 == paper.ENCODER_SHA256)
+        part = "" if self.corpus.complete else "a part of "
+        differences = {
+            f"on the complete IEMOCAP with four classes (here: {part}{self.corpus.name})": of_corpus,
+            f"with one session held out at a time (here: {len(folds.held_out)} folds by {folds.by})": of_folds,
+            f"with HuBERT base, {paper.ENCODER} (here: another encoder)": of_encoder,
+        }
+        return [difference for difference, alike in differences.items() if not alike]
 
     def of(self, system: System) -> list[Result]:
         return [result for result in self.results if result.system == system]

@@ -388,7 +388,7 @@ def _beside_paper(run: Evaluations, system: System, published: paper.Score) -> d
     for measure in MEASURES:
         theirs, ours = published.of(measure), summarise(run.grid(system, measure)).mean
         difference = None
-        if run.comparable and run.covers(system) and theirs is not None and ours is not None:
+        if not run.unlike_paper and run.covers(system) and theirs is not None and ours is not None:
             difference = ours - theirs
         cells[f"{measure} (paper)"] = _number(theirs)
         cells[f"{measure} ±folds ±seeds"] = _spread(measure, run, system)
@@ -452,11 +452,9 @@ def _partial(run: Evaluations) -> list[str]:
 
 
 def _not_comparable(run: Evaluations) -> list[str]:
-    notice = (
-        "NOT COMPARABLE: the published figures are on the complete IEMOCAP with four classes, this run is on "
-        f"{'a part of ' if not run.corpus.complete else ''}{run.corpus.name}."
-    )
-    return [*_partial(run), *([] if run.comparable else [notice])]
+    if not run.unlike_paper:
+        return _partial(run)
+    return [*_partial(run), f"NOT COMPARABLE: the published figures are {', '.join(run.unlike_paper)}."]
 
 
 def _number(value: float | None) -> str:
