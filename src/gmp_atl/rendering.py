@@ -40,11 +40,11 @@ _FIGURE = re.compile(r"[-+]?\d|-$|n/a|none|not run|\[")
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees as one cell and a program as several columns."""
+    """What a reader sees in one way and a program in another."""
 
     text: str
-    parts: Mapping[str, str] = field(default_factory=dict)
-    """Column name of the CSV: value."""
+    parts: Mapping[str, str] | str = field(default_factory=dict)
+    """Of the CSV: values by the names of their columns, or one that stands in the column of the heading."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def show(folder: Path) -> None:
 def _flat(row: Mapping[str, str | Cell]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for heading, cell in row.items():
-        flat.update(cell.parts if isinstance(cell, Cell) else {_identifier(heading): cell})
+        parts = cell.parts if isinstance(cell, Cell) else cell
+        flat.update({_identifier(heading): parts} if isinstance(parts, str) else parts)
     return flat
 
 

@@ -219,7 +219,7 @@ def _evidence(found: Evidence | None) -> dict[str, str | Cell]:
     seeds_ = found.seeds if found else None
     text = NONE if seeds_ is None else "none" if math.isinf(seeds_) else str(seeds_)
     return {
-        "This run": _signed(found.mean if found else None),
+        "This run": _change(found.mean if found else None),
         "Interval over folds": _interval("folds", found.interval if found else None),
         "Seeds": Cell(text, {"seeds_needed": "inf" if text == "none" else text}),
     }
@@ -290,7 +290,7 @@ def _per_fold(run: Evaluations) -> Table:
                 "Held out": " ".join(group),
                 "Seed": str(seed),
                 "Utterances": str(sizes.get((fold, seed), NOT_RUN)),
-                **{measure: _number(grid.loc[fold, seed]) for measure, grid in grids.items()},
+                **{measure: _figure(grid.loc[fold, seed]) for measure, grid in grids.items()},
             }
             for fold, group in enumerate(run.config.folds.held_out, start=1)
             for seed in seeds(run.config, system)
@@ -308,7 +308,7 @@ def _per_session(run: Evaluations) -> Table:
             here = predictions[predictions["session"] == session]
             matrices = [matrix_of(part, n) for _, part in here.groupby("seed")]
             means = {
-                measure: _number(fmean(map(compute, matrices)) if matrices else None)
+                measure: _figure(fmean(map(compute, matrices)) if matrices else None)
                 for measure, compute in MEASURES.items()
             }
             counts = {
@@ -392,16 +392,16 @@ def _beside_paper(run: Evaluations, system: System, published: paper.Score) -> d
             difference = ours - theirs
         cells[f"{measure} (paper)"] = _number(theirs)
         cells[f"{measure} ±folds ±seeds"] = _spread(measure, run, system)
-        cells[f"{measure} diff."] = _signed(difference)
+        cells[f"{measure} diff."] = _change(difference)
     return cells | {DONE: _evaluated(run, system)}
 
 
 def _spread(name: str, run: Evaluations, system: System, measure: str | None = None) -> Cell:
     summary: Summary = summarise(run.grid(system, measure or name))
-    mean, folds, seeds_ = map(_number, (summary.mean, summary.std_folds, summary.std_seeds))
-    text = NOT_RUN if summary.mean is None else f"{mean} ±{folds} ±{seeds_}"
-    column = name.lower()
-    return Cell(text, {column: mean, f"{column}_std_folds": folds, f"{column}_std_seeds": seeds_})
+    figures = summary.mean, summary.std_folds, summary.std_seeds
+    text = NOT_RUN if summary.mean is None else " ±".join(map(_number, figures))
+    columns = (f"{name.lower()}{suffix}" for suffix in ("", "_std_folds", "_std_seeds"))
+    return Cell(text, dict(zip(columns, map(_exact, figures), strict=True)))
 
 
 def _published(measure: str, figure: float | None) -> Cell:
@@ -419,17 +419,17 @@ def _paired(run: Evaluations, treated: System, reference: System, measure: str) 
 
 def _difference(difference: Difference | None, heading: str = "This run") -> dict[str, str | Cell]:
     return {
-        heading: _signed(difference.mean if difference else None),
+        heading: _change(difference.mean if difference else None),
         "95 % over folds": _interval("folds", difference.over_folds if difference else None),
         "95 % over seeds": _interval("seeds", difference.over_seeds if difference else None),
     }
 
 
 def _interval(over: str, interval: Interval | None) -> Cell:
-    low, high = (f"{bound:+.2f}" for bound in (interval.low, interval.high)) if interval else (NONE, NONE)
+    text = f"[{interval.low:+.2f}, {interval.high:+.2f}] n={interval.n}" if interval else NONE
+    low, high = (interval.low, interval.high) if interval else (None, None)
     n = str(interval.n) if interval else NONE
-    text = f"[{low}, {high}] n={n}" if interval else NONE
-    return Cell(text, {f"{over}_low": low, f"{over}_high": high, f"{over}_n": n})
+    return Cell(text, {f"{over}_low": _exact(low), f"{over}_high": _exact(high), f"{over}_n": n})
 
 
 def _system(system: System) -> Cell:
@@ -463,3 +463,16 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return NONE if value is None else f"{value:+z.1f}"
+
+
+def _exact(value: float | None) -> str:
+    """Of a figure of this run in the CSV, to be computed with."""
+    return NONE if value is None or np.isnan(value) else f"{value:z.4f}"
+
+
+def _figure(value: float | None) -> Cell:
+    return Cell(_number(value), _exact(value))
+
+
+def _change(value: float | None) -> Cell:
+    return Cell(_signed(value), _exact(value))
