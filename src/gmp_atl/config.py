@@ -399,11 +399,16 @@ class Config(Section):
         return self
 
 
-NOT_IN_RESULTS: dict[str, Any] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes", "jobs_per_gpu"}}
+NOT_IN_RESULTS: dict[str, set[str]] = {"corpus": {"root"}, "compute": {"threads", "checkpoint_minutes", "jobs_per_gpu"}}
 """Keys that say where and how fast, not what: no part of the experiment's identity, nor of what a stage is given."""
 
-_UNREAD: dict[str, dict[str, Any]] = {stage: {"clustering": {"sizes"}} for stage in ("layer_features", "clustering")}
-"""By stage: a job makes one codebook, whichever others are asked for."""
+_UNREAD: dict[str, dict[str, set[str]]] = {
+    # A job makes one codebook, whichever others are asked for.
+    "layer_features": {"clustering": {"sizes"}},
+    "clustering": {"clustering": {"sizes"}, "compute": {"precision", "batch_seconds"}},
+    "local_features": {"compute": {"batch_seconds"}},
+}
+"""By stage: keys of its sections that it does not read."""
 
 ABLATABLE = frozenset({"multitask", "clustering", "retraining", "finetuning", "head"})
 
@@ -573,7 +578,11 @@ def up_to(config: Config, iteration: int) -> Config:
 
 def unread(stage: str) -> dict[str, Any]:
     """Keys of a stage's sections that its results do not depend on, as pydantic excludes them."""
-    return NOT_IN_RESULTS | _UNREAD.get(stage, {})
+    of_stage = _UNREAD.get(stage, {})
+    return {
+        section: NOT_IN_RESULTS.get(section, set()) | of_stage.get(section, set())
+        for section in NOT_IN_RESULTS | of_stage
+    }
 
 
 def identity(config: Config) -> str:
