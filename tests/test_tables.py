@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from gmp_atl import config as configs
 from gmp_atl import paper, rendering
 from gmp_atl.config import Config
 from gmp_atl.errors import UserError
+from gmp_atl.files import sha256
 from gmp_atl.formats import CLUSTER_STATISTICS, CORPUS_SUMMARY, PREDICTIONS
 from gmp_atl.stages.figures import figures
 from gmp_atl.stages.tables import tables
@@ -363,6 +365,33 @@ def test_mixtures_are_named(run, header, words):
     fill(run)
     run.predict(1, 0, [1, 1, 1, 1], layer=-1, **header)
     assert all(words in text for name, text in run.tables().items() if not name.endswith(".tex"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({}, False), ({"unread": 1}, False), ({"classes": ["angry"]}, True), ({"finetuning": {"epochs": 15}}, True)],
+    ids=["equal", "more than is read", "others", "fewer"],
+)
+def test_settings_that_a_job_had_are_held_against_the_configs(run, changes, told):
+    path = run.predict(1, 0, [5, 5, 5, 5])
+    record = {
+        "stage": "evaluation",
+        "job": {},
+        "code": "c0de",
+        "commit": None,
+        "modified": False,
+        "packages": {},
+        "device": "CPU",
+        "inputs": {},
+        "seconds": 1.0,
+        "peak_memory_mb": 1,
+        "peak_gpu_memory_mb": None,
+        "config": configs.slice_for(run.config, "evaluation") | changes,
+        "outputs": {"predictions": sha256(path)},
+    }
+    (run.evaluations / "provenance").mkdir()
+    (run.evaluations / "provenance/evaluation.json").write_text(json.dumps(record))
+    assert ("OTHER SETTINGS than this config's: evaluation (1 job)" in run.tables()["table3.md"]) == told
 
 
 def test_another_corpus_is_not_compared_with_the_paper(run):

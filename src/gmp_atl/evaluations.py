@@ -8,7 +8,6 @@ their places.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -220,18 +219,22 @@ def origin(evaluations: Evaluations) -> list[str]:
 def _other_settings(evaluations: Evaluations) -> list[str]:
     """Whether jobs behind the results ran with settings that this config does not have."""
     config = evaluations.config
-    known = {
-        (stage, json.dumps(slice_for(variant(config, name), stage), sort_keys=True))
-        for stage in SLICES
-        for name in ("main", *config.ablations)
-    }
+    variants = [variant(config, name) for name in ("main", *config.ablations)]
+    asked = {stage: [slice_for(each, stage) for each in variants] for stage in SLICES}
     others = Counter(
         record.stage
         for record in evaluations.lineage.records
-        if record.stage in SLICES and (record.stage, json.dumps(record.config, sort_keys=True)) not in known
+        if record.stage in SLICES and not any(_holds(record.config, settings) for settings in asked[record.stage])
     )
     jobs = ", ".join(f"{stage} ({n} {'job' if n == 1 else 'jobs'})" for stage, n in sorted(others.items()))
     return [f"OTHER SETTINGS than this config's: {jobs}"] if jobs else []
+
+
+def _holds(recorded: Any, asked: Any) -> bool:
+    """Whether a job had these settings; it may have had others that its stage does not read any more."""
+    if isinstance(asked, dict) and isinstance(recorded, dict):
+        return all(key in recorded and _holds(recorded[key], value) for key, value in asked.items())
+    return bool(recorded == asked)
 
 
 def _choose(config: Config, folder: Path) -> dict[tuple[System, int, int], Path]:
