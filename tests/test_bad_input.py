@@ -506,6 +506,7 @@ def bomb(kind: str) -> str:
     [
         ("name: a\nseeds: [1]\nname: b\n", r"config.yaml:3: name was given in line 1 already"),
         ("folds:\n  by: session\n  by: speaker\n", r"config.yaml:3: by was given in line 2 already"),
+        ("mask: {length: 10, length: 5}\n", r"config.yaml:1: length was given in line 1 already"),
         (bomb("lists"), r"config.yaml:\d: stands for over 10000 values"),
         (bomb("mappings"), r"config.yaml:\d: stands for over 10000 values"),
         ("a: &a [*a]\n", r"config.yaml:1: stands for over"),

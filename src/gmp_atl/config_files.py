@@ -78,6 +78,6 @@ def _check_keys(node: yaml.MappingNode, path: Path) -> None:
             raise UserError(f"{path}:{line}: a list or mapping as a key; expected a name.")
         if key.value == "__use_yte__":
             raise UserError(f"{path}:{line}: __use_yte__ would run the file's expressions as code; remove it.")
-        if first.setdefault(key.value, line) != line:
+        if key.value in first:
             raise UserError(f"{path}:{line}: {key.value} was given in line {first[key.value]} already; remove one.")
         first[key.value] = line
