@@ -447,6 +447,7 @@ def test_manifest_with_ids_and_sessions(own: Path, suffix: str) -> None:
         ({"path": "deep"}, r"own\.csv:3: deep is not a regular file"),
         ({"path": "/dev/zero"}, r"own\.csv:3: /dev/zero is outside .*, the manifest's folder"),
         ({"path": "a.wav"}, r"a occurs twice: .*own\.csv:2 and .*own\.csv:3"),
+        ({"path": "deep/../a.wav"}, r"a occurs twice: .*own\.csv:2 and .*own\.csv:3"),
     ],
 )
 def test_manifest_errors_are_located(own: Path, change: dict[str, str], message: str) -> None:

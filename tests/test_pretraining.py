@@ -440,6 +440,7 @@ def test_a_recording_that_was_heard_is_known_under_another_name_and_in_another_f
         ("file\n0.wav\n", "column path is missing; expected path, and optionally id, session; found file"),
         ("path\n9.wav\n", "manifest.csv:2: 9.wav is not there, or not a regular file"),
         ("path\n../0.wav\n", "is outside"),
+        ("path\n0.wav\nsome/../0.wav\n", "0 occurs twice: .*manifest.csv:2 and .*manifest.csv:3"),
         ("path\n0.wav\n0.wav\n", "manifest.csv:3"),
         ("path\n", "names no clip that can be used: it has no rows"),
         ("path\nbad.wav\n", "names no clip that can be used: cannot be decoded"),

@@ -87,16 +87,18 @@ def _rows(manifest: Path, required: Sequence[str], *, key: str) -> Iterator[_Row
 
 
 def _inside(row: _Row, folder: Path) -> PurePath:
-    """The row's path, which must lie below the manifest's folder."""
+    """The row's path, which must lie below the manifest's folder, relative to it and without `..`."""
     path = PurePath(row.cells["path"])
-    may_escape = path.is_absolute() or ".." in path.parts
-    roots = (folder.absolute(), folder.resolve())
-    if may_escape and not any(Path(os.path.normpath(root / path)).is_relative_to(root) for root in roots):
-        raise UserError(
-            f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
-            "a link to the audio's folder beside the manifest."
-        )
-    return path
+    if not path.is_absolute() and ".." not in path.parts:
+        return path
+    for root in (folder.absolute(), folder.resolve()):
+        whole = Path(os.path.normpath(root / path))
+        if whole.is_relative_to(root):
+            return whole.relative_to(root)
+    raise UserError(
+        f"{row.place}: {path} is outside {folder}, the manifest's folder. Put the manifest above its audio, or "
+        "a link to the audio's folder beside the manifest."
+    )
 
 
 def _utterances(rows: Iterator[_Row], folder: Path) -> Iterator[Found[tuple[Utterance, bool]]]:
