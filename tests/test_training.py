@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmp_atl import training
+from gmp_atl import files, training
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import ComputeConfig, OptimisationConfig
 from gmp_atl.encoder import Encoder
@@ -477,6 +477,13 @@ def test_what_a_kill_in_the_middle_of_a_save_left_is_removed(run, monkeypatch, m
     (left / "partial").write_bytes(b"half")
     trained.finished().history()
     assert [path.name for path in trained.folder.iterdir()] == ["history.parquet"]
+
+
+def test_a_write_leaves_one_of_a_longer_name_alone(tmp_path):
+    with files.atomic(tmp_path / "model.v2") as temporary:
+        temporary.write_text("whole")
+        files.write_text(tmp_path / "model", "other")
+    assert (tmp_path / "model.v2").read_text() == "whole"
 
 
 def test_fingerprints_tell_settings_runs_and_inputs_apart(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -113,7 +114,8 @@ def _refusal(error: Exception) -> str | None:
 
 def remove_partial(path: Path) -> None:
     """Remove what a write of `path` that was killed has left beside it: up to the size of the whole file."""
-    for partial in path.parent.glob(f".{path.name}.*.part"):
+    # Eight characters are mkdtemp's: a write of another file, of whose name this one is the beginning, goes on.
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
