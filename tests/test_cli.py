@@ -49,6 +49,17 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "'trian'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--loss", "amsoftmax"), ("--fit-on", "trainng")])
+def test_a_stage_takes_no_word_that_it_does_not_know(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    """Read as `all`, a mistyped reading of clustering.fit_on would let codebooks of held-out utterances in."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluation", option, value])
+    assert end.value.code == 2
+    assert f"argument {option}: invalid choice: '{value}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "long"])
 def test_what_is_no_length_of_time_is_refused(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
     with pytest.raises(SystemExit) as end:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gmp_atl import devices, model_files
 from gmp_atl.clips import Batch, Clips, passes
-from gmp_atl.config import ComputeConfig, HeadConfig, Positive, Precision, Section, SpecAugmentConfig
+from gmp_atl.config import ComputeConfig, HeadConfig, Loss, Positive, Precision, Section, SpecAugmentConfig
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.heads import UtteranceHead
@@ -43,7 +43,7 @@ class Description(Section):
     """Ids of the utterances."""
     classes: list[str]
     head: HeadConfig
-    loss: Literal["ce", "ams"]
+    loss: Loss
     """Whether the head gives logits or cosines."""
     scale: Positive
     """What these are multiplied by before the softmax: 1, or s of Eq. 2."""

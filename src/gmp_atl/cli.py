@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from gmp_atl.errors import CPU_PROFILE, NO_GPUS, NOTICE, NOTICE_PREFIX, UserError
 from gmp_atl.leases import take_gpu
@@ -148,6 +148,8 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, parameter: inspe
     options: dict[str, Any] = {"required": parameter.default is parameter.empty, "default": default}
     if kind in (Path, int, str):
         parser.add_argument(flag, type=kind, **options)
+    elif get_origin(kind) is Literal:
+        parser.add_argument(flag, choices=get_args(kind), **options)
     elif list[Path] in get_args(kind):  # may be left out
         parser.add_argument(flag, nargs="+", type=Path, **options)
     elif type(None) in get_args(kind):  # "none" stands for None

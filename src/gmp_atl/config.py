@@ -37,6 +37,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Precision = Literal["auto", "float32", "bfloat16"]
+Loss = Literal["ce", "ams"]
+FitOn = Literal["training", "all"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and Parquet hold
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gmp_atl import classifier, devices
 from gmp_atl.clips import Clips
-from gmp_atl.config import FinetuningSlice
+from gmp_atl.config import FinetuningSlice, FitOn, Loss
 from gmp_atl.errors import UserError
 from gmp_atl.files import Output, write_text
 from gmp_atl.folds import held_out_split, training_split
@@ -28,8 +28,8 @@ def evaluation(
     model: Path,
     variant: str,
     gmps: int | None,
-    loss: str,
-    fit_on: str,
+    loss: Loss,
+    fit_on: FitOn,
     fold: int,
     seed: int,
     predictions: Output,

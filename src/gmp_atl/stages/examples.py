@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from gmp_atl import classifier, devices, kmeans, model_files
 from gmp_atl.audio import recording
 from gmp_atl.clips import Clips, passes
-from gmp_atl.config import ComputeConfig, FinetuningSlice
+from gmp_atl.config import ComputeConfig, FinetuningSlice, FitOn
 from gmp_atl.encoder import Encoder
 from gmp_atl.errors import UserError
 from gmp_atl.files import AudioRoot, Output
@@ -41,7 +41,7 @@ def examples(
     centroids: list[Path],
     model: Path,
     predictions: Path,
-    fit_on: str,
+    fit_on: FitOn,
     fold: int,
     seed: int,
     embeddings: Output,

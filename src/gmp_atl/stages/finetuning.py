@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gmp_atl import classifier, devices, model_files
 from gmp_atl.classifier import Classifier, Description
 from gmp_atl.clips import Batch, Clips
-from gmp_atl.config import FinetuningSlice
+from gmp_atl.config import FinetuningSlice, Loss
 from gmp_atl.files import Output
 from gmp_atl.folds import Split, held_out_split, training_split, without_group
 from gmp_atl.losses import am_softmax
@@ -27,7 +27,7 @@ def finetuning(
     local_features: Path,
     encoder: Path,
     multitask_head: Path | None,
-    loss: str,
+    loss: Loss,
     fold: int,
     seed: int,
     output: Output,
@@ -35,7 +35,7 @@ def finetuning(
     checkpoint: Output,
     gpus: int = 0,
 ) -> None:
-    """Train on the fold's training utterances with `loss`, ce or ams; write encoder and head to `output`.
+    """Train on the fold's training utterances with `loss`; write encoder and head to `output`.
 
     Args:
         encoder: of stage 3, or the pre-trained one for the rows without GMPs.
