@@ -52,9 +52,12 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             "encoder: Value error, revision must be a full 40-digit commit, not a branch or tag",
         ),
         ({"encoder": {"source": "directory"}}, "encoder: Value error, source: directory needs path"),
-        ({"clustering.sizes": [4, 8, 4]}, "clustering: Value error, sizes names a codebook twice"),
-        ({"seeds": [1, 0, 1]}, "config: Value error, seeds names a seed twice"),
-        ({"classes": ["sad", "sad"]}, "config: Value error, classes names an emotion twice"),
+        ({"clustering.sizes": [4, 8, 4]}, "clustering.sizes: Value error, 4 is named twice"),
+        ({"seeds": [1, 0, 1]}, "seeds: Value error, 1 is named twice"),
+        ({"classes": ["sad", "sad"]}, "classes: Value error, sad is named twice"),
+        ({"tables.layers": [-1, -3, -1]}, "tables.layers: Value error, -1 is named twice"),
+        ({"tables.numbers": [1, 1]}, "tables.numbers: Value error, 1 is named twice"),
+        ({"tables.ablation_losses": ["ce", "ce"]}, "tables.ablation_losses: Value error, ce is named twice"),
         (
             {"folds.held_out": [["S1"], ["S2"]], "finetuning.selection": "held_out_training_group"},
             "config: Value error, finetuning.selection: held_out_training_group needs at least three folds",
@@ -73,7 +76,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         ),
         (
             {"ablations": {"two": {"clustering": {"sizes": [3, 3]}}}},
-            "ablations.two: clustering: Value error, sizes names a codebook twice",
+            "ablations.two: clustering.sizes: Value error, 3 is named twice",
         ),
     ],
 )

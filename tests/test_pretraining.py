@@ -471,7 +471,9 @@ def test_clips_that_cannot_be_used_are_listed(tmp_path):
     [
         ({"iterations": [{"layer": -3, "sizes": [4], "updates": 5}]}, "the first has layer 0 and start random"),
         ({"probes": [4]}, "probes must lie before the last update of every iteration"),
-        ({"speeds": [1.0, 1.0]}, "speeds names a value twice"),
+        ({"speeds": [1.0, 1.004]}, "speeds.1: Input should be a multiple of 0.01"),
+        ({"iterations": [{"layer": 0, "sizes": [4, 4], "updates": 5}]}, "sizes: Value error, 4 is named twice"),
+        ({"speeds": [1.0, 1.0]}, "speeds: Value error, 1.0 is named twice"),
         ({"attribution": []}, "pretraining.attribution"),
     ],
 )

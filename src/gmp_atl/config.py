@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,18 @@ def _at_home(path: Path) -> Path:
 
 
 Place = Annotated[Path, AfterValidator(_at_home)]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+Sizes = Annotated[list[Annotated[int, Field(ge=2, le=65_536)]], Field(min_length=1), Distinct]
+Speed = Annotated[float, Field(ge=0.5, le=2.0, multiple_of=0.01)]
 
 
 class Section(BaseModel):
@@ -132,7 +145,7 @@ class EncoderConfig(Section):
     def _check(self) -> EncoderConfig:
         if self.source == "hub" and not (self.name and self.revision):
             raise ValueError("source: hub needs name and revision")
-        if self.source == "hub" and len(self.revision or "") != 40:
+        if self.source == "hub" and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
             raise ValueError("revision must be a full 40-digit commit, not a branch or tag")
         if self.source == "directory" and self.path is None:
             raise ValueError("source: directory needs path")
@@ -222,20 +235,14 @@ class MultitaskConfig(Section):
 class ClusteringConfig(Section):
     """Stage 2: frame-level gender-augmented multi-scale pseudo-labels, GMPs (paper, Sec. 3.1)."""
 
-    sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(default=[64, 512, 4096], min_length=1)
+    sizes: Sizes = [64, 512, 4096]
     """Centroids of each codebook."""
     algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
     """Exact k-means on every frame, or on mini-batches (scikit-learn's)."""
     iterations: Count = 20
     """Of k-means; for `mini_batch`, passes over the frames at most."""
-    fit_on: Literal["training", "all"] = "training"
+    fit_on: FitOn = "training"
     """`all` also fits on the held-out frames: transductive, and labelled so in every table."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ClusteringConfig:
-        if len(set(self.sizes)) != len(self.sizes):
-            raise ValueError("sizes names a codebook twice")
-        return self
 
 
 class MaskConfig(Section):
@@ -272,7 +279,7 @@ class IterationConfig(Section):
 
     layer: Annotated[int, Field(le=0)]
     """Whose frames are clustered: 0 stands for MFCCs, others are layers of the encoder of the iteration before."""
-    sizes: list[Annotated[int, Field(ge=2, le=65_536)]] = Field(min_length=1)
+    sizes: Sizes
     """Centroids of each codebook."""
     updates: Count
     """Optimiser steps."""
@@ -288,13 +295,13 @@ class PretrainingConfig(Section):
     """Manifest, CSV or Parquet; of its columns, only `path` is read."""
     attribution: list[str] = Field(min_length=1)
     """Sources and licences of the speech, for the model card."""
-    speeds: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(default=[1.0], min_length=1)
-    """At which each clip is heard, tempo and pitch together: 1.0 is as recorded."""
+    speeds: Annotated[list[Speed], Field(min_length=1), Distinct] = [1.0]
+    """At which each clip is heard, tempo and pitch together: 1.0 is as recorded. In hundredths."""
     mixing: Fraction = 0.0
     """Share of the clips that are mixed with another over at most half their length; labels stay those of the clip."""
     iterations: list[IterationConfig] = Field(min_length=1)
     """The first on MFCCs."""
-    probes: list[Count] = []
+    probes: Annotated[list[Count], Distinct] = []
     """Updates of every iteration after which the encoder is kept and probed, as it is after the last."""
     mask: MaskConfig = MaskConfig()
     codebook_head: Literal["linear", "cosine"] = "linear"
@@ -309,9 +316,6 @@ class PretrainingConfig(Section):
             raise ValueError("iterations: the first has layer 0 and start random, since no encoder is there before it")
         if self.probes and max(self.probes) >= min(iteration.updates for iteration in self.iterations):
             raise ValueError("probes must lie before the last update of every iteration, which is always probed")
-        for name, values in (("speeds", self.speeds), ("probes", self.probes)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} names a value twice")
         return self
 
 
@@ -338,13 +342,13 @@ class FinetuningConfig(Section):
 class TablesConfig(Section):
     """Which of the paper's tables a run makes."""
 
-    numbers: list[Annotated[int, Field(ge=1, le=4)]] = Field(default=[1, 2, 3, 4], min_length=1)
+    numbers: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1), Distinct] = [1, 2, 3, 4]
     """As in the paper; only the runs that these need are made."""
     layer: Layer = -3
     """Of the GMPs in Tables 2 and 3."""
-    layers: list[Layer] = Field(default=[-1, -2, -3, -4, -5, -6, -7, -8], min_length=1)
+    layers: Annotated[list[Layer], Field(min_length=1), Distinct] = [-1, -2, -3, -4, -5, -6, -7, -8]
     """Of the GMPs in Table 4."""
-    ablation_losses: list[Literal["ce", "ams"]] = Field(default=["ams"], min_length=1)
+    ablation_losses: Annotated[list[Loss], Field(min_length=1), Distinct] = ["ams"]
     """Losses that each ablation, and the main row beside it, is fine-tuned with."""
     baseline: Literal["egemaps", "none"] = "egemaps"
     """Classical reference in Table 2: openSMILE functionals and an SVM; openSMILE is for research use."""
@@ -355,10 +359,10 @@ class Config(Section):
 
     name: Name
     """Results go to results/<name>."""
-    seeds: list[Seed] = Field(min_length=1)
+    seeds: Annotated[list[Seed], Field(min_length=1), Distinct]
     """Every seed repeats all folds and stages; tables give mean and deviation over them."""
     corpus: CorpusConfig
-    classes: list[str] = Field(min_length=2)
+    classes: Annotated[list[str], Field(min_length=2), Distinct]
     """Emotions that are kept, in the order of the model's outputs; all others are listed as excluded."""
     folds: FoldsConfig
     encoder: EncoderConfig
@@ -377,10 +381,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds names a seed twice")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes names an emotion twice")
         if self.finetuning.selection == "held_out_training_group" and len(self.folds.held_out) < 3:
             raise ValueError("finetuning.selection: held_out_training_group needs at least three folds")
         for number, iteration in enumerate(self.pretraining.iterations if self.pretraining else []):
