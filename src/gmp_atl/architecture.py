@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -30,7 +30,7 @@ class Architecture:
     intermediate_size: Size
     conv_dim: tuple[Size, ...]
     conv_bias: bool = False
-    feat_extract_norm: str = "group"
+    feat_extract_norm: Literal["group", "layer"] = "group"
     feat_proj_layer_norm: bool = True
     do_stable_layer_norm: bool = False
     num_conv_pos_embeddings: Size = 128
@@ -40,6 +40,14 @@ class Architecture:
     """Of relative positions, in WavLM's attention; None elsewhere."""
     max_bucket_distance: Size | None = None
     """In frames, beyond which positions fall into one bucket."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {name}, {getattr(self, name)}")
+        buckets, farthest = self.num_buckets, self.max_bucket_distance
+        if buckets is not None and farthest is not None and not 4 <= buckets < 4 * farthest:
+            raise ValueError(f"{buckets} buckets of positions do not reach {farthest} frames")
 
     @classmethod
     def read(cls, folder: Path) -> Architecture:
@@ -90,7 +98,8 @@ class Architecture:
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{source}: {where}: {problem['msg']}; expected the config.json of a HuBERT.") from None
+            place = f"{source}: {where}" if where else source
+            raise UserError(f"{place}: {problem['msg']}; expected the config.json of a HuBERT.") from None
 
     def to_config(self) -> dict[str, Any]:
         """A `config.json` from which `HubertModel.from_pretrained`, or WavLM's, builds the same network."""

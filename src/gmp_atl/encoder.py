@@ -228,8 +228,6 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
         self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
         if self.buckets is not None and self.farthest is not None:
-            if not 4 <= self.buckets < 4 * self.farthest:
-                raise ValueError(f"{self.buckets} buckets of positions do not reach {self.farthest} frames")
             self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.heads, 1, 1))
             self.gru_rel_pos_linear = nn.Linear(width // self.heads, 8)
             if first:
