@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gmp_atl.config import FoldsConfig
 from gmp_atl.errors import LeakageError, UserError
 from gmp_atl.folds import check_folds, everything, held_out_split, training_split, without_group
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, feature_rows
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, UTTERANCES, feature_rows
 from gmp_atl.stages.cluster_statistics import cluster_statistics
 
 SESSIONS = ["A", "B", "C", "D"]
@@ -105,7 +105,7 @@ def test_an_utterance_in_no_session_is_no_fold(tmp_path, write_utterances):
         training_split(path, FoldsConfig(by="session", held_out=[["A"], ["B"]]), 1)
 
 
-@pytest.mark.parametrize("fold", [-1, 4])
+@pytest.mark.parametrize("fold", [-1, 0, 4])
 def test_a_fold_that_there_is_not_is_refused(inputs, fold):
     folds = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
     for split in (training_split, held_out_split):
@@ -114,11 +114,14 @@ def test_a_fold_that_there_is_not_is_refused(inputs, fold):
         assert str(told.value) == f"There is no fold {fold}: folds.held_out has groups for folds 1 to 3."
 
 
-def test_fold_0_trains_on_everything_and_is_tested_on_nothing(inputs):
+def test_fold_0_trains_on_all_speech_without_labels_and_is_tested_on_nothing(inputs, tmp_path):
     folds = FoldsConfig(by="session", held_out=[["S1"], ["S2"], ["S3"]])
-    assert training_split(inputs.utterances, folds, 0).ids == list(inputs.frames)
+    table, header = UTTERANCES.read(inputs.utterances)
+    unlabelled = table.set_column(table.schema.get_field_index("emotion"), "emotion", pa.array([""] * len(table)))
+    UTTERANCES.write(tmp_path / "unlabelled.parquet", unlabelled, **header)
+    assert training_split(tmp_path / "unlabelled.parquet", folds, 0).ids == list(inputs.frames)
     with pytest.raises(UserError, match="There is no fold 0"):
-        held_out_split(inputs.utterances, folds, 0)
+        held_out_split(tmp_path / "unlabelled.parquet", folds, 0)
 
 
 def test_what_is_wrong_with_folds_is_told_in_full():

@@ -51,10 +51,13 @@ class Split:
 def training_split(utterances: Path, folds: FoldsConfig, fold: int) -> Split:
     """What fold `fold` (from 1) trains on; its held-out utterances are forbidden.
 
-    Fold 0 holds out nothing: it is that of speech without labels, on which an encoder is pre-trained.
+    Fold 0 holds out nothing: it is that of speech without labels, on which an encoder is pre-trained, and there is none
+    of speech with them.
     """
     if fold == 0:
-        return everything(utterances)
+        whole = everything(utterances)
+        if not any(whole.column("emotion")):
+            return whole
     table, held_out = _assign(utterances, folds, fold)
     return Split(table.filter(pc.invert(held_out)), frozenset(table.filter(held_out)["id"].to_pylist()))
 
