@@ -29,8 +29,9 @@ MIN_RATE = 4000
 """Hz; below it there is no speech, and a header that claims 1 Hz would ask for 16000 times the memory."""
 MAX_SECONDS = 3600
 """Beyond any utterance: a small compressed file can decode to more than a machine holds."""
-DECODERS = min(16, os.cpu_count() or 1)
-"""Threads that decode side by side; libsndfile runs without the interpreter's lock."""
+_THREADS = os.environ.get("OMP_NUM_THREADS", "")  # as --threads sets it for every library
+DECODERS = min(16, int(_THREADS) if _THREADS.isdecimal() else os.cpu_count() or 1) or 1
+"""Threads that decode side by side, no more than a job is given; libsndfile runs without the interpreter's lock."""
 FULL_SCALE = 0.99
 """From here on a sample counts as clipped: 8-bit audio ends at 127/128."""
 

@@ -29,7 +29,9 @@ def mfcc(*, utterances: Path, audio_root: AudioRoot, output: Output) -> None:
     table, _ = UTTERANCES.read(utterances)
     meter = Meter("clip", len(table))
     header = {"dimensions": 3 * _COEFFICIENTS, "layer": 0, "encoder": MFCC, "fitted_on": []}
-    with LAYER_FEATURES.writer(output, **header) as append, ThreadPoolExecutor(DECODERS) as pool:
+    # One thread of torch's in each, which would have a team of its own otherwise.
+    threads = ThreadPoolExecutor(DECODERS, initializer=torch.set_num_threads, initargs=(1,))
+    with LAYER_FEATURES.writer(output, **header) as append, threads as pool:
         for first in range(0, len(table), _CLIPS_AT_ONCE):
             rows = range(first, min(first + _CLIPS_AT_ONCE, len(table)))
             frames = list(pool.map(lambda row: _coefficients(recording(audio_root, table, row)), rows))
