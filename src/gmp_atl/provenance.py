@@ -57,7 +57,7 @@ class Record(BaseModel):
     """Argument: SHA-256 of the file or folder. The audio itself is known by the utterance table's header."""
     outputs: dict[str, str]
     seconds: float
-    """Of the stage, imports included."""
+    """Of the stage, without its imports, and without the digests of what it read and wrote."""
     peak_memory_mb: int
     """Largest resident memory of the process."""
     peak_gpu_memory_mb: int | None
@@ -74,9 +74,10 @@ def recording(path: Path, stage: str, options: Mapping[str, Any], roles: Mapping
         options: The stage's arguments.
         roles: What each argument that is a path, or a list of paths, stands for; None is an input.
     """
-    started = time.monotonic()
     inputs = _digests({name: value for name, value in options.items() if roles[name] is None})
+    started = time.monotonic()
     yield
+    seconds = round(time.monotonic() - started, 2)
     settings = options.get("config")
     record = Record(
         stage=stage,
@@ -89,7 +90,7 @@ def recording(path: Path, stage: str, options: Mapping[str, Any], roles: Mapping
         device=_gpu() if options.get("gpus") else _cpu(),
         inputs=inputs,
         outputs=_digests({name: value for name, value in options.items() if roles[name] is Role.OUTPUT}),
-        seconds=round(time.monotonic() - started, 2),
+        seconds=seconds,
         peak_memory_mb=_peak_memory_mb(),
         peak_gpu_memory_mb=_peak_gpu_memory_mb(),
     )
