@@ -76,12 +76,25 @@ def test_gpus(tmp_path, monkeypatch, devices, told, driver, state, text):
     assert (finding.state, finding.text) == (state, text)
 
 
-def test_a_torch_that_cannot_be_imported(tmp_path, monkeypatch):
+TOLD = "Traceback:\n  somewhere\nModuleNotFoundError: No module named 'torch'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (subprocess.CalledProcessError(1, [], stderr=TOLD), "there are: ModuleNotFoundError: No module named 'torch'"),
+        (subprocess.CalledProcessError(-9, [], stderr=""), "there are: it was killed"),
+        (subprocess.TimeoutExpired([], 300), "there are within 300 s"),
+    ],
+    ids=["not installed", "killed", "hangs"],
+)
+def test_a_torch_that_tells_nothing(tmp_path, monkeypatch, error, text):
     def failing(command, **_):
-        raise subprocess.CalledProcessError(1, command)
+        raise error
 
     monkeypatch.setattr(subprocess, "run", failing)
-    assert found("GPU", tmp_path) == Finding("GPU", State.MISSING, "torch cannot be imported", "make setup")
+    finding = found("GPU", tmp_path)
+    assert (finding.state, finding.text) == (State.MISSING, f"torch does not tell which {text}")
 
 
 def test_a_package_that_is_not_installed(tmp_path, monkeypatch):

@@ -126,8 +126,12 @@ def _gpu() -> Finding:
     code = "from gmp_atl import devices; print(', '.join(map(devices.described, devices.indices())))"
     try:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    except subprocess.SubprocessError:
-        return Finding("GPU", State.MISSING, "torch cannot be imported", "make setup")
+    except subprocess.TimeoutExpired as error:
+        text = f"torch does not tell which there are within {error.timeout:.0f} s"
+        return Finding("GPU", State.MISSING, text, "if nvidia-smi hangs too, start the machine anew")
+    except subprocess.CalledProcessError as error:
+        reason = next(reversed(error.stderr.split("\n")[:-1]), "it was killed")
+        return Finding("GPU", State.MISSING, f"torch does not tell which there are: {reason}", "make setup")
     if "too old" in run.stdout:
         return Finding("GPU", State.MISSING, run.stdout.strip(), "compute capability 7.5 (Turing) or newer is needed")
     if devices := run.stdout.strip():
