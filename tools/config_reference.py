@@ -1,6 +1,6 @@
 """Write docs/config.md and workflow/schemas/config.schema.json: `python tools/config_reference.py`.
 
-Keys, values, defaults and descriptions are those of `gmp_atl.config.Config`; the column "Paper" is config.yaml.
+Keys, values, defaults and descriptions are those of `gmp_atl.config.Config`, a column is that of config.yaml.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HEAD = """\
 
 `config.yaml` is the paper's experiment on IEMOCAP; a preset, or `--config` on the command line, changes single keys
 of it. Unknown keys are refused. *Default* is what the code takes where a key is not given, with a dash where it must
-be; *Paper* is `config.yaml`. Numbers such as `[9]` in `config.yaml` are those of [the open readings](readings.md).
-What an edit reruns is told in [workflow.md](workflow.md#what-an-edit-reruns). Layers are counted from the end: -1 is
-the last.
+be; the column beside it is what `config.yaml` has. Numbers such as `[9]` in `config.yaml` are those of [the open
+readings](readings.md). What an edit reruns is told in [workflow.md](workflow.md#what-an-edit-reruns). Layers are
+counted from the end: -1 is the last.
 
 In YAML, quote ids such as `"03"`; on the command line, put a space behind each colon. Of several files after one
 `--configfile`, the later change the earlier, `name` included.
@@ -110,7 +110,7 @@ def _sections(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
 
 
 def _table(section: type[Section], prefix: str, paper: Mapping[str, Any], *, nested: bool = True) -> list[str]:
-    rows = [["Key", "Values", "Default", "Paper", "Meaning"], ["---"] * 5]
+    rows = [["Key", "Values", "Default", "`config.yaml`", "Meaning"], ["---"] * 5]
     for path, field in keys(section, prefix, nested=nested):
         values = _values(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
         shown = [_yaml(look_up(settings, path)) for settings in (defaults(Config), paper)]

@@ -195,7 +195,7 @@ class SpecAugmentConfig(Section):
 
 
 class OptimisationConfig(Section):
-    """Adam and its schedule (paper, Sec. 4.1.2)."""
+    """Adam; its first rate, 1e-4, and batches of 64 are the paper's (Sec. 4.1.2), the rest is not stated there."""
 
     learning_rate: Positive = 1e-4
     """Peak of the schedule, reached at the end of the warm-up."""
