@@ -63,6 +63,7 @@ CPU = "--workflow-profile workflow/profiles/cpu"
 PLANNED = {
     IEMOCAP: [
         "snakemake --cores all --config seeds='[1]'",
+        "snakemake --cores all --config name=head-minus-3 head='{layer: -3}' tables='{numbers: [3]}'",
         "snakemake --cores all --config tables='{numbers: [3]}'",
         "snakemake --cores all --configfile presets/ablations.yaml",
         "snakemake --cores all --configfile presets/gender.yaml",
