@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -108,6 +109,33 @@ def test_where_no_file_can_be_nothing_is_left_and_the_place_is_named(tmp_path: P
         with pytest.raises(UserError, match=f"{place} cannot be written: ."), files.atomic_folder(tmp_path / place):
             pass
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", tmp_path / "folder/file"]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with (
+        pytest.raises(UserError, match="file cannot be written: it is no folder"),
+        files.atomic_folder(tmp_path / "file"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_is_there_until_the_next_one_is_whole(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with files.atomic_folder(tmp_path / "folder") as fresh:
+            (fresh / text).touch()
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "folder"):
+        raise RuntimeError
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["folder", "folder/second"]
+
+
+def test_what_cannot_be_read_is_not_said_to_be_what_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match=r"clip\.wav"), files.atomic(tmp_path / "output"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/clip.wav")
+    refused = pytest.raises(UserError, match="output cannot be written: Permission denied")
+    with refused, files.atomic(tmp_path / "output") as temporary:
+        raise PermissionError(errno.EACCES, "Permission denied", str(temporary))
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk: list[object]) -> None:

@@ -69,13 +69,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: as `atomic` does.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} cannot be written: it is no folder.")
     with _beside(path) as folder:
         fresh = folder / "fresh"
         fresh.mkdir()
         yield fresh
         for file in filter(Path.is_file, fresh.rglob("*")):
             _sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            path.replace(folder / "before")
         fresh.replace(path)
 
 
@@ -92,7 +95,9 @@ def _beside(path: Path) -> Iterator[Path]:
         yield folder
     except Exception as error:
         reason = _refusal(error)
-        if reason is None:
+        # What was read in the block, and not written, is told as it is.
+        elsewhere = isinstance(error, OSError) and error.filename and folder.name not in str(error.filename)
+        if reason is None or elsewhere:
             raise
         raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
