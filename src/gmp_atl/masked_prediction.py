@@ -1,20 +1,13 @@
-"""Masked prediction of pseudo-labels: model, loss and labels of whatever trains by it (paper, Sec. 3.2, Fig. 1 b)."""
+"""Masked prediction of pseudo-labels: model and loss of whatever trains by it (paper, Sec. 3.2, Fig. 1 b)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmp_atl.devices import send
 from gmp_atl.encoder import Encoder
-from gmp_atl.errors import UserError
-from gmp_atl.folds import Split
-from gmp_atl.formats import PSEUDO_LABELS
 from gmp_atl.heads import CodebookHeads
 from gmp_atl.training import Terms
 
@@ -77,42 +70,3 @@ def masked_prediction(
         quantities[f"masked_loss_{size}"] = ((each * is_masked).sum(), n_masked)
         quantities[f"masked_accuracy_{size}"] = (correct.sum(), n_masked)
     return Terms(loss, count, quantities)
-
-
-def check_codebook(path: Path, layer: int, sizes: list[int], encoder: str) -> None:
-    """Refuse pseudo-labels that this job did not ask for."""
-    header = PSEUDO_LABELS.open(path).header
-    for what, found, expected in (
-        ("layer", header["layer"], [layer]),
-        ("size", header["size"], sizes),
-        ("encoder", header["encoder"], [encoder]),
-    ):
-        if found not in expected:
-            raise UserError(
-                f"{path} holds pseudo-labels of {what} {found}, but {what} {' or '.join(map(str, expected))} is "
-                "expected; delete it and run snakemake again."
-            )
-
-
-def read_labels(
-    path: Path, split: Split, lengths: Sequence[int], *, transductive: bool
-) -> tuple[int, list[np.ndarray]]:
-    """Size of a codebook, and the labels of each clip, int64, one for each of its `lengths` frames.
-
-    Raises:
-        LeakageError: labels of, or fitted on, a held-out utterance.
-        UserError: a clip with another number of labels.
-    """
-    table, metadata = PSEUDO_LABELS.read(path)
-    ids = table["id"].to_pylist()
-    split.refuse_leaks(ids, path)
-    if not transductive:
-        split.refuse_leaks(metadata["fitted_on"], path)
-    found = dict(zip(ids, (labels.values.to_numpy() for labels in table["labels"].combine_chunks()), strict=True))
-    for utterance, frames in zip(split.ids, lengths, strict=True):
-        if utterance not in found or len(found[utterance]) != frames:
-            raise UserError(
-                f"{path} has {len(found.get(utterance, []))} labels for {utterance}, which has {frames} frames; delete "
-                "it and run snakemake again."
-            )
-    return metadata["size"], [found[utterance].astype(np.int64) for utterance in split.ids]

@@ -7,18 +7,16 @@ between multi-task training and fine-tuning that opens utterance labels; nothing
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors import SafetensorError, safe_open
 from sklearn.metrics import homogeneity_score, normalized_mutual_info_score
 
+from gmp_atl import codebooks
 from gmp_atl.config import FoldsSlice
-from gmp_atl.errors import UserError
 from gmp_atl.files import Output
 from gmp_atl.folds import Split, training_split
-from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS, check_tensors
+from gmp_atl.formats import CLUSTER_STATISTICS, PSEUDO_LABELS
 
 ATTRIBUTES = ("emotion", "gender", "speaker")
 
@@ -43,26 +41,13 @@ def cluster_statistics(
     split = training_split(utterances, config.folds, fold)
     rows = []
     for codebook, path in zip(centroids, pseudo_labels, strict=True):
-        metadata = _codebook_metadata(codebook)
-        statistics = {**metadata["statistics"], **_mutual_information(path, split)}
+        origin = codebooks.load(codebook).origin
+        statistics = {**origin.statistics, **_mutual_information(path, split)}
         rows += [
-            (variant, fold, seed, metadata["layer"], metadata["size"], name, float(value))
-            for name, value in statistics.items()
+            (variant, fold, seed, origin.layer, origin.size, name, float(value)) for name, value in statistics.items()
         ]
     columns = dict(zip(CLUSTER_STATISTICS.schema.names, zip(*rows, strict=True), strict=True))
     CLUSTER_STATISTICS.write(output, pa.table(columns, schema=CLUSTER_STATISTICS.schema))
-
-
-def _codebook_metadata(path: Path) -> dict[str, Any]:
-    """Layer, size and statistics of a codebook, once its file is found to be whole."""
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = check_tensors(file.metadata(), {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable codebook ({error}); delete it and run snakemake again.") from None
-    if not {"layer", "size", "statistics"} <= metadata.keys():
-        raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
-    return metadata
 
 
 def _mutual_information(path: Path, split: Split) -> dict[str, float]:

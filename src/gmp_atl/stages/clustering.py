@@ -8,18 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
-from gmp_atl import kmeans
+from gmp_atl import codebooks, kmeans
+from gmp_atl.codebooks import Codebook, Origin
 from gmp_atl.config import ClusteringConfig, ClusteringSlice
 from gmp_atl.errors import UserError
-from gmp_atl.files import Output, atomic
+from gmp_atl.files import Output
 from gmp_atl.folds import everything, training_split
-from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, stream_features, tensor_metadata
+from gmp_atl.formats import LAYER_FEATURES, PSEUDO_LABELS, stream_features
 from gmp_atl.kmeans import Assignment
 from gmp_atl.randomness import derive
 
@@ -67,13 +66,17 @@ def clustering(
     _check_amount(frames.count, size, layer_features)
     start = derive(seed, fold, f"clustering/{layer}/{size}")
     codebook, assignment = _fit(frames, size, config.clustering, start, gpus)
-    fitted_on = sorted({*frames.header["fitted_on"], *fitted.ids})
-    header = {"layer": layer, "size": size, "encoder": frames.header["encoder"], "fitted_on": fitted_on}
-    statistics = _statistics(assignment, size)
-    _save_centroids(codebook, centroids, {**header, "statistics": statistics})
-    log.info("layer %d, %d centroids: %s", layer, size, statistics)
+    origin = Origin(
+        layer=layer,
+        size=size,
+        encoder=frames.header["encoder"],
+        fitted_on=sorted({*frames.header["fitted_on"], *fitted.ids}),
+        statistics=_statistics(assignment, size),
+    )
+    codebooks.save(Codebook(codebook, origin), centroids)
+    log.info("layer %d, %d centroids: %s", layer, size, origin.statistics)
     labels = frames.per_clip(assignment.labels)
-    with PSEUDO_LABELS.writer(pseudo_labels, **header) as append:
+    with PSEUDO_LABELS.writer(pseudo_labels, **origin.model_dump(exclude={"statistics"})) as append:
         for first in range(0, len(split.ids), _CLIPS_AT_ONCE):
             ids = split.ids[first : first + _CLIPS_AT_ONCE]
             rows = {"id": ids, "labels": [labels[utterance] for utterance in ids]}
@@ -142,7 +145,7 @@ def _fit(frames: _Frames, size: int, settings: ClusteringConfig, seed: int, gpus
     return codebook, kmeans.assign(source, codebook, gpus)
 
 
-def _statistics(assignment: Assignment, size: int) -> dict[str, float]:
+def _statistics(assignment: Assignment, size: int) -> dict[str, int | float]:
     """How the codebook is used."""
     n_frames = len(assignment.labels)
     occupancy = np.bincount(assignment.labels, minlength=size)
@@ -155,9 +158,3 @@ def _statistics(assignment: Assignment, size: int) -> dict[str, float]:
         "largest_cluster": int(occupancy.max()),
         "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
     }
-
-
-def _save_centroids(codebook: np.ndarray, path: Path, metadata: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        tensors = {"centroids": codebook}
-        save_file(tensors, temporary, tensor_metadata(tensors, metadata))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from gmp_atl import classifier, devices, kmeans, model_files
+from gmp_atl import classifier, codebooks, devices, kmeans, model_files
 from gmp_atl.audio import recording
 from gmp_atl.clips import Clips, passes
 from gmp_atl.config import ComputeConfig, FinetuningSlice, FitOn
@@ -84,10 +84,10 @@ def examples(
 
     chosen = _median_lengths(split, config.classes)
     allowed = training if fit_on == "training" else everything(utterances)
-    layer, codebooks = _codebooks(centroids, allowed, described.encoder)
+    layer, books = _codebooks(centroids, allowed, described.encoder)
     emotions, local = split.column("emotion"), clips.local
     shown = Clips([clips.ids[index] for index in chosen], [local[index] for index in chosen])
-    labels = _pseudo_labels(after_stage_1, shown, layer, codebooks, config.compute, device)
+    labels = _pseudo_labels(after_stage_1, shown, layer, books, config.compute, device)
     found = {
         "id": shown.ids,
         "emotion": [emotions[index] for index in chosen],
@@ -101,7 +101,7 @@ def examples(
         fold=fold,
         seed=seed,
         layer=layer,
-        sizes=[len(each) for each in codebooks],
+        sizes=[len(each) for each in books],
         classes=config.classes,
     )
 
@@ -169,13 +169,11 @@ def _codebooks(paths: Sequence[Path], allowed: Split, encoder: str) -> tuple[int
     """Their layer, which is one, and the centroids of each, (size, hidden size)."""
     layers, found = set(), []
     for path in paths:
-        tensors, metadata = model_files.load_tensors(path)
-        if tensors.keys() != {"centroids"} or not {"layer", "fitted_on", "encoder"} <= metadata.keys():
-            raise UserError(f"{path} is not a codebook of this project; delete it and run snakemake again.")
-        allowed.refuse_leaks(metadata["fitted_on"], path)
-        _check(path, metadata["encoder"], encoder)
-        layers.add(metadata["layer"])
-        found.append(tensors["centroids"].numpy())
+        codebook = codebooks.load(path)
+        allowed.refuse_leaks(codebook.origin.fitted_on, path)
+        _check(path, codebook.origin.encoder, encoder)
+        layers.add(codebook.origin.layer)
+        found.append(codebook.centroids)
     if len(layers) != 1:
         raise UserError(f"{paths[0].parent} has codebooks of several layers; delete them and run snakemake again.")
     return layers.pop(), found
@@ -191,7 +189,7 @@ def _pseudo_labels(
     encoder: Encoder,
     clips: Clips,
     layer: int,
-    codebooks: Sequence[np.ndarray],
+    books: Sequence[np.ndarray],
     compute: ComputeConfig,
     device: torch.device,
 ) -> list[list[np.ndarray]]:
@@ -201,7 +199,7 @@ def _pseudo_labels(
     for batch in passes(clips, compute.batch_seconds, device):
         hidden = encoder(batch.local, batch.lengths, layer).half().float().cpu()  # as clustered
         for index, states in batch.unpadded(hidden):
-            found[index] = [kmeans.assign([states.numpy()], centroids).labels for centroids in codebooks]
+            found[index] = [kmeans.assign([states.numpy()], centroids).labels for centroids in books]
     return found
 
 

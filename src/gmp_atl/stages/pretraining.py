@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from gmp_atl import devices, model_files
+from gmp_atl import codebooks, devices, model_files
 from gmp_atl.audio import DECODERS, recording
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import PretrainingSlice
@@ -24,7 +24,7 @@ from gmp_atl.files import AudioRoot, Output
 from gmp_atl.folds import everything
 from gmp_atl.formats import MFCC
 from gmp_atl.frames import HOP, n_frames
-from gmp_atl.masked_prediction import MaskedPredictor, check_codebook, masked_prediction, read_labels
+from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.randomness import Key
 from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
@@ -62,12 +62,18 @@ def pretraining(
     split = everything(utterances)
     encoder, clustered = _start(config, previous)
     lengths = [n_frames(samples) for samples in split.utterances["n_samples"].to_pylist()]
-    labels = {}
-    for path in pseudo_labels:
-        size, of_clips = read_labels(path, split, lengths, transductive=False)
-        check_codebook(path, iteration.layer, iteration.sizes, clustered)
-        # A clip has one row of samples more than frames.
-        labels[size] = torch.from_numpy(np.concatenate([np.append(each, 0) for each in of_clips])).to(device)
+    found = codebooks.read_labels(
+        pseudo_labels,
+        split,
+        lengths,
+        layer=iteration.layer,
+        sizes=iteration.sizes,
+        encoder=clustered,
+        transductive=False,
+    )
+    # A clip has one row of samples more than frames.
+    rows = {size: np.insert(of_frames, np.cumsum(lengths), 0) for size, of_frames in found.items()}
+    labels = {size: torch.from_numpy(of_rows).to(device) for size, of_rows in rows.items()}
     key = Key(seed, 0, f"pretraining/{number}")
     torch.manual_seed(key.derive("weights"))
     model = MaskedPredictor(encoder, settings.projection, list(labels), settings.codebook_head)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from gmp_atl import devices, model_files
+from gmp_atl import codebooks, devices, model_files
 from gmp_atl.clips import Batch, Clips
 from gmp_atl.config import RetrainingSlice
 from gmp_atl.files import Output
 from gmp_atl.folds import training_split
-from gmp_atl.masked_prediction import MaskedPredictor, check_codebook, masked_prediction, read_labels
+from gmp_atl.masked_prediction import MaskedPredictor, masked_prediction
 from gmp_atl.masking import span_mask
 from gmp_atl.randomness import Key
 from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
@@ -45,12 +44,16 @@ def retraining(
     backbone, origin = model_files.load_fitted(encoder, regularisation(settings.optimisation))
     split.refuse_leaks(origin["fitted_on"], encoder)
     clips = Clips.read(local_features, split, encoder=origin["encoder"])
-    transductive = config.clustering.fit_on == "all"
-    labels = {}
-    for path in pseudo_labels:
-        size, of_clips = read_labels(path, split, clips.lengths.tolist(), transductive=transductive)
-        check_codebook(path, layer, config.clustering.sizes, origin["encoder"])
-        labels[size] = torch.from_numpy(np.concatenate(of_clips)).to(device)
+    found = codebooks.read_labels(
+        pseudo_labels,
+        split,
+        clips.lengths.tolist(),
+        layer=layer,
+        sizes=config.clustering.sizes,
+        encoder=origin["encoder"],
+        transductive=config.clustering.fit_on == "all",
+    )
+    labels = {size: torch.from_numpy(of_frames).to(device) for size, of_frames in found.items()}
     key = Key(seed, fold, "retraining")
     torch.manual_seed(key.derive("weights"))
     model = MaskedPredictor(backbone, settings.projection, list(labels), settings.codebook_head)
