@@ -115,12 +115,15 @@ def test_a_restored_folder_is_replaced_and_any_other_is_left_alone(packed, tmp_p
     (target / "evaluations/old.json").write_text("{}")
     restore(packed, target)
     assert not (target / "evaluations/old.json").exists()
+    (target / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="was not restored from an archive"):
+        restore(packed, target)
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("precious")
+    (mine / "manifest.json").write_bytes(b'{"name": "an app"}')
     with pytest.raises(UserError, match="was not restored from an archive"):
         restore(packed, mine)
-    assert contents(mine) == {"thesis.txt": b"precious"}
+    assert contents(mine) == {"manifest.json": b'{"name": "an app"}'}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "restored"]
 
 

@@ -113,7 +113,7 @@ def restore(path: Path, output: Path) -> Config:
     except _DAMAGE as error:
         raise UserError(f"{path} is no archive, or a damaged one ({error}); fetch it again.") from None
     config = _config(path, manifest)
-    if output.exists() and not (output / MANIFEST).is_file():
+    if output.exists() and not _was_restored(output):
         raise UserError(f"{output} exists and was not restored from an archive: name another folder.")
     with atomic_folder(output) as fresh:
         for name, data in contents.items():
@@ -122,6 +122,15 @@ def restore(path: Path, output: Path) -> Config:
             target.write_bytes(data)
         write_text(fresh / MANIFEST, manifest.model_dump_json(indent=1))
     return config
+
+
+def _was_restored(folder: Path) -> bool:
+    """Whether all that a folder holds is what `restore` puts there, and what is made of it."""
+    try:
+        Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        return {path.name for path in folder.iterdir()} <= {MANIFEST, "evaluations", "tables", "figures"}
+    except (OSError, ValueError):
+        return False
 
 
 def compare(restored: Path) -> tuple[int, list[str]]:
