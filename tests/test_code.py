@@ -56,6 +56,14 @@ def test_a_change_counts_for_stages_that_import_it_and_words_for_none(package: P
     assert not {"corpus", "tables"} & changed
 
 
+def test_another_version_is_another_code_for_those_alone_that_read_it(package: Path) -> None:
+    shutil.copytree(ROOT / "src/gmp_atl", package)
+    before = hashes(*STAGES)
+    append(package / "__init__.py", '__version__ = "99"\n')
+    after = hashes(*STAGES)
+    assert {stage for stage in STAGES if after[stage] != before[stage]} == {"pretrain"}
+
+
 @pytest.mark.parametrize(
     "statement",
     [

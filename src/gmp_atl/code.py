@@ -51,8 +51,9 @@ def _imports(module: Path) -> frozenset[Path]:
     found = set()
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gmp_atl":
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {path for name in [node.module or "", *names] if (path := _file(name))}
+            # A module, or what one holds; of what a package's __init__ holds, such as the version, others know nothing.
+            names = [(f"{node.module}.{alias.name}", node.module or "") for alias in node.names]
+            found |= {path for name, holder in names if (path := _file(name) or _file(holder))}
         elif isinstance(node, ast.Import):
             found |= {path for alias in node.names if (path := _file(alias.name))}
     return frozenset(found)
