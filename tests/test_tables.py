@@ -588,6 +588,14 @@ def test_markdown_columns_are_aligned(run):
             assert len(widths) == 1, name
 
 
+def test_names_that_a_format_would_cut_are_whole(tmp_path):
+    classes = ["angry", "a|b", "neutral", "sad"]
+    run = Run(tmp_path, config(classes=classes, folds={"by": "session", "held_out": [["S#1"], ["Ses02"]]}))
+    run.predict(1, 0, [5, 5, 5, 5])
+    assert r"as a\|b" in run.tables()["confusion.md"]
+    assert "S#1" in run.table("per_fold")["held_out"].tolist()
+
+
 def test_csv_holds_numbers(tmp_path):
     run = Run(tmp_path, config(**PAPERS))
     for fold, seed in itertools.product(range(1, 6), (0, 1)):

@@ -69,7 +69,11 @@ class Table:
         for line in (self.caption, *self.notices, *self.footer):
             stream.write(f"# {line}\n")
         if rows := [_flat(row) for row in self.rows]:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+            # What is not quoted would be read as a comment from a # on.
+            comments = any("#" in text for row in rows for text in (*row, *row.values()))
+            writer = csv.DictWriter(
+                stream, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_ALL if comments else csv.QUOTE_MINIMAL
+            )
             writer.writeheader()
             writer.writerows(rows)
         return stream.getvalue()
@@ -77,7 +81,7 @@ class Table:
     def markdown(self) -> str:
         """A pipe table whose columns are aligned in plain text too."""
         headings, body = self._texts()
-        body = [[text.replace("|", r"\|") for text in row] for row in body]
+        headings, *body = [[text.replace("|", r"\|") for text in row] for row in (headings, *body)]
         widths = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
         right = [_holds_figures(column) for column in zip(headings, *body, strict=True)]
         rule = [("-" * (w - 1) + ":" if r else ":" + "-" * (w - 1)) for w, r in zip(widths, right, strict=True)]
