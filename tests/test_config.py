@@ -64,7 +64,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         ),
         (
             {"ablations": {"main": {"head": {"projection": 16}}}},
-            "config: Value error, ablations.main: 'main' is the name of the config itself",
+            "config: Value error, ablations.main: 'main' is the name of something else in results; take another",
         ),
         (
             {"ablations": {"none": {}}},
@@ -151,3 +151,12 @@ def test_of_two_presets_the_later_changes_what_it_names() -> None:
     found = config.parse(merged)
     assert (found.name, found.corpus.reader) == ("iemocap-wavlm", "emodb")
     assert (found.encoder.source, found.encoder.name) == ("hub", "microsoft/wavlm-base-plus")
+
+
+def test_ablations_are_the_same_from_a_file_and_from_the_command_line() -> None:
+    """Snakemake gives numbers of --config as text where they stand in a mapping."""
+    change = {"finetuning": {"margin": 0.0, "optimisation": {"batch_size": 16}}}
+    as_text = {"finetuning": {"margin": "0.0", "optimisation": {"batch_size": "16"}}}
+    of_file, of_command_line = (config.parse(changed({"ablations": {"a": each}})) for each in (change, as_text))
+    assert of_command_line.ablations == of_file.ablations == {"a": change}
+    assert config.identity(of_command_line) == config.identity(of_file)

@@ -389,8 +389,10 @@ class Config(Section):
                     f"pretraining.iterations.{number}: layer {iteration.layer} is asked for, but the encoder has "
                     f"layers -1 to -{self.encoder.scratch.layers} (encoder.scratch.layers)"
                 )
-        if "main" in self.ablations:
-            raise ValueError("ablations.main: 'main' is the name of the config itself")
+        if taken := sorted(_TAKEN & self.ablations.keys()):
+            raise ValueError(
+                f"ablations.{taken[0]}: {taken[0]!r} is the name of something else in results; take another"
+            )
         for ablation, changes in self.ablations.items():
             foreign = sorted(set(changes) - ABLATABLE)
             if foreign or not changes:
@@ -412,6 +414,8 @@ _UNREAD: dict[str, dict[str, set[str]]] = {
 }
 """By stage: keys of its sections that it does not read."""
 
+_TAKEN = frozenset({"main", "baseline", "clusters", "histories", "provenance"})
+"""Folders of evaluations beside those of ablations."""
 ABLATABLE = frozenset({"multitask", "clustering", "retraining", "finetuning", "head"})
 
 
@@ -543,9 +547,12 @@ def parse(settings: Mapping[str, Any]) -> Config:
     config = _validated(settings)
     if config.corpus.reader != "synthetic" and config.corpus.root is None:
         raise UserError("The config is not valid:\n  corpus.root is needed: where is the corpus?")
-    for ablation in config.ablations:
-        variant(config, ablation)
-    return config
+    # Numbers of the command line are text until their keys are known.
+    typed = {
+        name: _typed(changes, variant(config, name).model_dump(mode="json"))
+        for name, changes in config.ablations.items()
+    }
+    return config.model_copy(update={"ablations": typed})
 
 
 def variant(config: Config, name: str) -> Config:
@@ -608,6 +615,14 @@ def _validated(settings: Mapping[str, Any], prefix: str = "") -> Config:
             + "\n".join(lines)
             + '\nEvery key is described in docs/config.md; in YAML, quote ids such as "03".'
         ) from None
+
+
+def _typed(changes: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `changes` names, as the validated `settings` have it."""
+    return {
+        key: _typed(value, settings[key]) if isinstance(value, Mapping) else settings[key]
+        for key, value in changes.items()
+    }
 
 
 def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
