@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,8 @@ def add_corpora(folder: Path) -> None:
     release = write_iemocap(folder / "data/IEMOCAP_full_release", labels)
     for id in labels:
         write_audio(wav_of(release, id))
-    write_audio(folder / "data/emodb/wav/03a01Fa.wav")
+    for speaker, emotion in product(("03", "08", "09", "10", "11", "12", "13", "14", "15", "16"), "WFNT"):
+        write_audio(folder / f"data/emodb/wav/{speaker}a01{emotion}a.wav")
     (folder / "PATH").mkdir()
     example = dict(FENCED.findall(TEXT[ROOT / "docs/corpora.md"]))
     (folder / "presets/my-corpus.yaml").write_text(example["yaml"], encoding="utf-8")

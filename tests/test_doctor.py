@@ -140,12 +140,18 @@ def test_a_corpus_that_is_not_there(tmp_path):
 
 
 def test_what_is_left_out_of_a_corpus_is_counted(tmp_path):
-    lines = ["id,path,speaker,gender,emotion,session", "a,a.wav,A,female,angry,S1", "b,b.wav,A,female,sad,S1"]
-    (tmp_path / "manifest.csv").write_text("\n".join(lines), encoding="utf-8")
-    soundfile.write(tmp_path / "a.wav", np.ones(800), 16_000)
+    clips = [(speaker, emotion) for speaker in "AB" for emotion in ("angry", "sad", "bored")]
+    rows = [f"{speaker}{emotion}.wav,{speaker},female,{emotion},S{speaker}" for speaker, emotion in clips]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,speaker,gender,emotion,session", *rows]), encoding="utf-8")
+    for speaker, emotion in clips:
+        soundfile.write(tmp_path / f"{speaker}{emotion}.wav", np.ones(800), 16_000)
     corpus = {"reader": "manifest", "root": str(tmp_path / "manifest.csv")}
-    text = found("corpus", tmp_path, corpus=corpus).text
-    assert re.search(r"1 utterances of angry, sad; left out: 1 \(.+\)$", text)
+    folds = {"by": "session", "held_out": [["SA"], ["SB"]]}
+    text = found("corpus", tmp_path, corpus=corpus, folds=folds).text
+    assert re.search(r"4 utterances of angry, sad; left out: 2 \(.+\)$", text)
+    finding = found("corpus", tmp_path, corpus=corpus, folds={"by": "session", "held_out": [["SA"], ["SC"]]})
+    assert finding.state is State.MISSING
+    assert "sessions without a fold: SB" in finding.text
 
 
 def test_a_folder_without_an_encoder(tmp_path):

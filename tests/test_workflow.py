@@ -314,6 +314,35 @@ def test_a_finished_run_is_not_lost_to_a_root_that_does_not_exist(finished: Path
     assert {path: path.read_bytes() for path in folder.glob("results/*/corpus/*")} == before
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"folds": {"held_out": [["Ses01", "Ses02"], ["Ses03", "Ses04"]]}}, "without a fold: Ses05"),
+        ({"classes": ["angry", "bored"]}, "has no bored"),
+    ],
+    ids=["folds", "classes"],
+)
+def test_a_finished_run_is_not_lost_to_settings_that_the_corpus_does_not_fit(
+    finished: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    """Snakemake would remove what it had read before the job could refuse to read it anew."""
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    run = snakemake(folder, config=overlaid(change))
+    assert run.returncode != 0
+    assert words in run.stdout + run.stderr
+    assert plan(folder, config=TINY) == Counter()
+
+
+def test_evaluations_alone_are_not_lost_to_what_needs_the_corpus(tmp_path: Path, finished: Path) -> None:
+    audio = {"corpus": {"reader": "emodb", "root": "data/elsewhere"}}
+    shutil.copytree(finished / "results/tiny/evaluations", tmp_path / "results/tiny/evaluations")
+    assert plan(tmp_path, config=overlaid(audio)) == Counter({"tables": 1, "figures": 1})
+    run = snakemake(tmp_path, config=overlaid({**audio, "seeds": [1, 2]}))
+    assert run.returncode != 0
+    assert "data/elsewhere does not exist" in run.stderr
+    assert plan(tmp_path, config=overlaid(audio)) == Counter({"tables": 1, "figures": 1})
+
+
 def test_an_edited_manifest_is_read_anew_and_an_absent_one_changes_nothing(tmp_path: Path) -> None:
     clips = [
         {"path": f"{speaker}_{emotion}.wav", "speaker": speaker, "gender": "f", "emotion": emotion}
@@ -328,7 +357,15 @@ def test_an_edited_manifest_is_read_anew_and_an_absent_one_changes_nothing(tmp_p
     run = snakemake(tmp_path, "corpus", config=settings)
     assert run.returncode == 0, run.stderr
     assert plan(tmp_path, "corpus", config=settings) == Counter()
+    # Fold 2 would train on no angry clip: refused before Snakemake removes what was read.
     write_manifest(manifest, [*clips[1:], {**clips[0], "emotion": "sad"}])
+    refused = snakemake(tmp_path, "corpus", config=settings)
+    assert "would train on no utterance of angry" in refused.stderr
+    write_manifest(manifest, clips)
+    assert plan(tmp_path, "corpus", config=settings) == Counter()
+    write_manifest(
+        manifest, [*clips[1:3], *clips[4:], {**clips[0], "emotion": "sad"}, {**clips[3], "emotion": "angry"}]
+    )
     assert plan(tmp_path, "corpus", config=settings) == Counter(corpus=1)
     manifest.unlink()
     assert plan(tmp_path, "corpus", config=settings) == Counter()

@@ -18,7 +18,6 @@ import yaml
 from gmp_atl import config as configs
 from gmp_atl import config_files
 from gmp_atl.config import Config, shared_variant
-from gmp_atl.corpora import read_corpus
 from gmp_atl.errors import UserError
 from gmp_atl.systems import BASELINE, check_layers, systems
 
@@ -169,13 +168,17 @@ def _load(paths: Sequence[Path], changes: Sequence[str]) -> Config:
 
 
 def _corpus(config: Config) -> Finding:
-    """Reads labels, but opens no audio, as the stage `corpus` does."""
+    """Reads labels and checks folds, but opens no audio, as the stage `corpus` does."""
     reader, root = config.corpus.reader, config.corpus.root
     if reader == "synthetic":
         return Finding("corpus", State.OK, "synthetic, made by the run")
     assert root is not None  # the config has checked
     try:
-        found = read_corpus(reader, root, config.classes, allow_partial=config.corpus.allow_partial)
+        from gmp_atl.stages.corpus import check
+
+        found = check(configs.CorpusSlice.model_validate(configs.slice_for(config, "corpus")), root)
+    except ImportError as error:
+        return Finding("corpus", State.MISSING, f"not looked at ({error})", "make setup")
     except UserError as error:
         return Finding("corpus", State.MISSING, str(error), f"corpus.root is {root}, corpus.reader is {reader}")
     text = f"{found.name} at {root}: {len(found.utterances)} utterances of {', '.join(config.classes)}"

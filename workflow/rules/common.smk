@@ -108,31 +108,60 @@ CATEGORIES = {
 GMPS = sorted({system.layer for system in SYSTEMS if system.layer is not None}, reverse=True)
 
 
-def missing_corpus():
-    """What is wrong where nothing is at corpus.root, unless an earlier run's evaluations stand in for the corpus."""
-    if not EVALUATIONS.exists():
-        from gmp_atl.corpora import missing_release
+def is_read():
+    """Whether an earlier run has read this corpus, with these settings, by this code."""
+    record = EVALUATIONS / "provenance/corpus.json"
+    if not record.exists() or READ_FROM.read_text(encoding="utf-8").splitlines() != release():
+        return False
+    from gmp_atl.provenance import Record
 
-        return missing_release(CONFIG.corpus.reader, CORPUS_ROOT)
-    read_from = READ_FROM.read_text(encoding="utf-8").splitlines()[0] if READ_FROM.exists() else CORPUS_ROOT
-    # To read it anew would fail, and take what a finished run is built on.
+    made = Record.model_validate_json(record.read_bytes())
+    return (made.code, made.config) == (code_hash("corpus"), typed.slice_for(CONFIG, "corpus"))
+
+
+def missing_corpus():
+    """What is wrong where nothing is at corpus.root, unless what an earlier run has left stands in for the corpus."""
+    from gmp_atl.corpora import missing_release
+
+    if not READ_FROM.exists():
+        evaluated_before = all(Path(path).exists() for path in [*evaluated(), *illustrated()])
+        return None if evaluated_before else missing_release(CONFIG.corpus.reader, CORPUS_ROOT)
+    read_from = READ_FROM.read_text(encoding="utf-8").splitlines()[0]
     if read_from != CORPUS_ROOT:
         return (
             f"{CORPUS_ROOT} does not exist; results/{CONFIG.name} was made from the corpus at {read_from}. Give "
-            "that as corpus.root, as that run did (with make: CONFIG=\"corpus='{{root: ...}}'\"), or another name than "
+            "that as corpus.root, as that run did (with make: CONFIG=\"corpus='{root: ...}'\"), or another name than "
             f"{CONFIG.name} for a run of its own."
         )
+    return None if is_read() else missing_release(CONFIG.corpus.reader, CORPUS_ROOT)
+
+
+def refused_corpus():
+    """What the stage would refuse of a corpus that it is to read anew."""
+    from gmp_atl.stages.corpus import check
+
+    try:
+        check(typed.CorpusSlice.model_validate(typed.slice_for(CONFIG, "corpus")), Path(CORPUS_ROOT))
+    except UserError as error:
+        return str(error)
     return None
 
 
 def index_of_release(_):
-    """Of the synthetic corpus. Any other must be there already; asked here, since what reads none runs without."""
-    if CONFIG.corpus.reader == "synthetic":
-        return rules.synthesis.output.index
-    if not Path(CORPUS_ROOT).exists() and (problem := missing_corpus()):
+    """Of the synthetic corpus. Any other must be there already; asked here, since what reads none runs without.
+
+    To read one anew in vain would take what a finished run is built on: Snakemake removes a job's files before it.
+    """
+    synthetic, problem = CONFIG.corpus.reader == "synthetic", None
+    if Path(CORPUS_ROOT).exists():
+        if READ_FROM.exists() and not is_read():
+            problem = refused_corpus()
+    elif not synthetic:
+        problem = missing_corpus()
+    if problem:
         # After an exception Snakemake would go on with whatever an earlier run has left.
         sys.exit(f"Error: {problem}")
-    return []
+    return rules.synthesis.output.index if synthetic else []
 
 
 @cache

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -40,10 +41,8 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
     kept = sorted((each for each in found.utterances if each.id in n_samples), key=lambda u: (u.session, u.id))
     reasons = dict(sorted((found.excluded | rejected).items()))
     complete = _is_complete(found, kept, n_samples, reasons, allow_partial=config.corpus.allow_partial)
-    _require_classes(config.classes, found, kept, reasons)
+    _require_classes_and_folds(config, found, kept, reasons)
     table = pa.Table.from_pylist([_row(each, clips[each.id]) for each in kept], schema=UTTERANCES.schema)
-    check_folds(table, config.folds)
-    _require_training_classes(config.classes, kept, config.folds)
     _refuse_copies(kept, clips, config.folds)
 
     described = {
@@ -62,6 +61,13 @@ def corpus(*, config: CorpusSlice, root: AudioRoot, utterances: Output, excluded
         excluded=dict(Counter(reasons.values()).most_common()),
     )
     _log(found.name, config.classes, config.folds, kept, n_samples, reasons)
+
+
+def check(config: CorpusSlice, root: Path) -> Corpus:
+    """Read the corpus at `root`, and refuse what can be refused without opening its audio; raises as `corpus` does."""
+    found = read_corpus(config.corpus.reader, root, config.classes, allow_partial=config.corpus.allow_partial)
+    _require_classes_and_folds(config, found, found.utterances, found.excluded)
+    return found
 
 
 def _row(utterance: Utterance, clip: audio.AudioInfo) -> dict[str, str | int]:
@@ -103,6 +109,16 @@ def _inspect(found: Corpus) -> tuple[dict[str, audio.AudioInfo], dict[str, str]]
     if clipped:
         log.log(NOTICE, "%d clips are kept of which over 1 %% is at full scale: %s", len(clipped), some(clipped))
     return usable, rejected
+
+
+def _require_classes_and_folds(
+    config: CorpusSlice, found: Corpus, kept: list[Utterance], reasons: Mapping[str, str]
+) -> None:
+    _require_classes(config.classes, found, kept, reasons)
+    check_folds(
+        pa.table({name: [getattr(each, name) for each in kept] for name in ("speaker", "session")}), config.folds
+    )
+    _require_training_classes(config.classes, kept, config.folds)
 
 
 def _require_training_classes(classes: list[str], kept: list[Utterance], folds: FoldsConfig) -> None:
