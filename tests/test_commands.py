@@ -72,7 +72,7 @@ PLANNED = {
         "snakemake --cores all --configfile presets/scales.yaml",
         "snakemake --cores all --configfile presets/wav2vec2.yaml",
         "snakemake --cores all --configfile presets/wavlm.yaml",
-        "snakemake --cores all --rerun-triggers mtime",
+        "snakemake --cores all --config compute='{batch_seconds: 160}' --rerun-triggers mtime input",
         f"snakemake --cores all {CPU}",
     ],
     NETWORK: ["snakemake --cores 1 --until pretrained"],

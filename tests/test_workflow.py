@@ -495,7 +495,10 @@ def test_an_edit_reruns_exactly_what_depends_on_it(
 def test_a_smaller_budget_need_not_repeat_what_is_finished(finished: Path) -> None:
     smaller = overlaid({"compute": {"batch_seconds": 10.0}})
     assert plan(finished, config=smaller)["multitask"] == 2
-    assert plan(finished, "--rerun-triggers", "mtime", config=smaller) == Counter()
+    triggers = ("--rerun-triggers", "mtime", "input")
+    assert plan(finished, *triggers, config=smaller) == Counter()
+    more = plan(finished, *triggers, config={**smaller, "seeds": [1, 2]})
+    assert (more["multitask"], more["retraining"], more["tables"]) == (2, 2, 1)
 
 
 def test_features_of_fewer_layers_are_those_that_are_there(finished: Path, tmp_path: Path) -> None:
