@@ -375,11 +375,12 @@ def _clusters(run: Evaluations) -> Table:
         | {str(name): f"{value:.4g}" if np.isfinite(value) else NONE for name, value in statistics.items()}
         for (variant, layer, size), statistics in means.sort_index(ascending=[True, False, True]).iterrows()
     ]
-    footer = [
-        "Means over folds and seeds (fits). homogeneity: the share of an attribute's entropy that labels tell.",
-        "nmi: by the mean of both entropies, at most below 1, and lower with more centroids: it compares layers.",
-        *origin(run),
-    ]
+    notes = {
+        "homogeneity": "the share of an attribute's entropy that labels tell",
+        "nmi": "by the mean of both entropies, at most below 1, and lower with more centroids: it compares layers",
+    }
+    told = [f"{name}: {note}." for name, note in notes.items() if any(each.startswith(name) for each in means.columns)]
+    footer = ["Means over folds and seeds (fits).", *told, *origin(run)]
     return Table("clusters", "Clusters behind the GMPs", rows, _partial(run), footer)
 
 
