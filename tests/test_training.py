@@ -78,17 +78,18 @@ class Run:
             ],
         )
         defaults = {"batch_size": BATCH, "learning_rate": 0.01, "max_clip_seconds": 0.5}
+        optimisation = OptimisationConfig(**{**defaults, **self.optimisation})
         self.trainer = Trainer(
             self.model,
             self.objective,
             clips,
-            config=OptimisationConfig(**{**defaults, **self.optimisation}),
+            config=optimisation,
             compute=ComputeConfig(precision="float32", batch_seconds=self.batch_seconds),
             key=Key(self.seed, 1, "stage"),
             device=torch.device("cpu"),
             checkpoint=self.checkpoint,
             fingerprint=self.fingerprint,
-            epochs=self.epochs,
+            updates=self.epochs * training.updates_per_epoch(clips, optimisation),
             validate=self.validate and (lambda: {"uar": self.validate(self), "war": 0.0}),
         )
 
@@ -327,7 +328,7 @@ def trained_in(tiny_encoder, tmp_path) -> Callable[..., Trainer]:
             device=torch.device("cpu"),
             checkpoint=tmp_path / "checkpoint.safetensors",
             fingerprint="of this run",
-            epochs=3,
+            updates=3,
         )
 
     return build

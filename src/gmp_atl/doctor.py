@@ -18,7 +18,7 @@ import yaml
 from gmp_atl import config as configs
 from gmp_atl import config_files
 from gmp_atl.config import Config, shared_variant
-from gmp_atl.errors import UserError
+from gmp_atl.errors import CPU_PROFILE, UserError
 from gmp_atl.systems import BASELINE, check_layers, systems
 
 _PYTHON = (3, 11)
@@ -139,7 +139,7 @@ def _gpu() -> Finding:
         text = "nvidia-smi is here, but torch finds no usable device"
         remedy = "torch is built for CUDA 13, which needs a driver since 580; look at CUDA_VISIBLE_DEVICES as well"
         return Finding("GPU", State.MISSING, text, remedy)
-    remedy = "run on the CPU with --workflow-profile workflow/profiles/cpu; the paper's sizes would take months there"
+    remedy = f"{CPU_PROFILE}; the paper's sizes would take months there"
     return Finding("GPU", State.NOTE, "none", remedy)
 
 

@@ -1,7 +1,7 @@
 """HuBERT in two halves: the convolutions, run once per clip, and the transformer, run in every stage.
 
 HuBERT base normalises over *time* in its first convolution, so zero padding changes every frame of a clip.
-The convolutions therefore run on single unpadded clips and their output is cached ("local features"); only
+The convolutions therefore run once per clip, as if it were alone, and their output is cached ("local features"); only
 the transformer sees batches, with an attention mask. Then the features of a clip do not depend on its batch.
 
 Parameter names and `config.json` are those of transformers' `HubertModel`, which loads what `model_files.save` writes.
@@ -11,7 +11,7 @@ Architecture: Hsu et al., "HuBERT", TASLP 2021, Sec. II and Table I.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         takes = width % 8 == 0 and width <= 256  # FlashAttention does
         return held is not torch.float32 and takes and devices.attends_to_packed(device)
 
-    def depths(self, layers: Iterable[int]) -> dict[int, int]:
+    def depths(self, layers: Collection[int]) -> dict[int, int]:
         """How many transformer layers must run for each layer asked for."""
         count = self.architecture.num_hidden_layers
         absent = [layer for layer in layers if not -count <= layer <= -1]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmp_atl.config import FoldsConfig
-from gmp_atl.errors import LeakageError, UserError
+from gmp_atl.errors import LeakageError, UserError, some
 from gmp_atl.formats import UTTERANCES
 
 
@@ -42,9 +42,8 @@ class Split:
         kind = "held-out utterances of this fold" if leaked else "utterances that are not in the corpus's table"
         named = leaked or sorted(others)
         raise LeakageError(
-            f"{source} contains or was fitted on {len(named)} {kind} ({', '.join(named[:3])}"
-            f"{', ...' if len(named) > 3 else ''}). It belongs to another fold or corpus, or was made wrongly; delete "
-            "it and run snakemake again."
+            f"{source} contains or was fitted on {len(named)} {kind} ({some(named)}). It belongs to another fold or "
+            "corpus, or was made wrongly; delete it and run snakemake again."
         )
 
 

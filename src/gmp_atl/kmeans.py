@@ -71,10 +71,11 @@ def assign(frames: Iterable[np.ndarray], centroids: np.ndarray, gpus: int = 0) -
 def initial_centroids(
     frames: Iterable[np.ndarray], n_frames: int, size: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Greedy k-means++ (Arthur and Vassilvitskii 2007) on a random sample of the frames: 16 a centroid, 16,384 at most.
+    """Greedy k-means++ (Arthur and Vassilvitskii 2007) on a random sample of the frames.
 
-    The best of 2 + ln(size) draws becomes the next centroid, as in scikit-learn. A codebook with fewer than four
-    frames of the sample for each centroid starts from random frames, as in FAISS.
+    The sample is of 16 frames a centroid, of 4,096 at least and 16,384 at most, or of all where there are fewer. The
+    best of 2 + ln(size) draws becomes the next centroid, as in scikit-learn. More than 4,096 centroids start from
+    random frames, as in FAISS: the largest sample has fewer than four for each.
     """
     if 4 * size > _SEEDING:
         return sample(frames, n_frames, size, random)

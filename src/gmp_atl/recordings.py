@@ -19,7 +19,7 @@ import soundfile
 from gmp_atl.audio import MIN_SAMPLES
 from gmp_atl.corpora.base import files
 from gmp_atl.errors import UserError
-from gmp_atl.frames import SAMPLE_RATE
+from gmp_atl.frames import FRAME_SECONDS, SAMPLE_RATE
 
 _NO_AUDIO = {"mat4", "mat5", "raw", "wavex"}  # formats without a suffix of their own, or without a header
 _OTHER_SUFFIXES = {"aif", "aifc", "oga", "opus", "snd", "sph"}
@@ -46,8 +46,8 @@ class Cut:
         hop = window if hop is None else hop
         if not (math.isfinite(window) and window * SAMPLE_RATE >= MIN_SAMPLES):
             raise UserError(f"--window is {window:g} s, but must be at least {MIN_SAMPLES / SAMPLE_RATE:g} s.")
-        if not 0.02 <= hop <= window:
-            raise UserError(f"--hop is {hop:g} s, but must be from 0.02 s to the window's {window:g} s.")
+        if not FRAME_SECONDS <= hop <= window:
+            raise UserError(f"--hop is {hop:g} s, but must be from {FRAME_SECONDS:g} s to the window's {window:g} s.")
         return cls(round(window * SAMPLE_RATE), round(hop * SAMPLE_RATE))
 
 

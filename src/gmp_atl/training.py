@@ -1,4 +1,4 @@
-"""The one training loop of all three training stages.
+"""The one training loop of every stage that trains.
 
 A stage supplies a model, the clips and an objective; the loop supplies length-bucketed batches under a
 budget of seconds, gradient accumulation to the effective batch, Adam with its schedule, clipping, the guard
@@ -131,6 +131,11 @@ def fingerprint(stage: str, config: BaseModel, key: Key, inputs: Sequence[Path])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def updates_per_epoch(clips: Clips, config: OptimisationConfig) -> int:
+    """Batches that all clips make."""
+    return math.ceil(len(clips.ids) / config.batch_size)
+
+
 class Trainer:
     """Trains `model` on `clips`; weights end in `model`, the history in `finish`."""
 
@@ -146,8 +151,7 @@ class Trainer:
         device: torch.device,
         checkpoint: Path,
         fingerprint: str,
-        epochs: int | None = None,
-        updates: int | None = None,
+        updates: int,
         validate: Validation | None = None,
         after: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
@@ -155,7 +159,6 @@ class Trainer:
 
         Args:
             fingerprint: ties the checkpoint to its inputs and code.
-            epochs: how long, unless `updates` says it.
             validate: figures that decide which epoch's weights are kept.
             after: what is to be done after so many updates.
         """
@@ -164,8 +167,7 @@ class Trainer:
         self.config, self.compute, self.key, self.device = config, compute, key, device
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self.precision = devices.dtype(compute.precision, device)
-        self.updates_per_epoch = math.ceil(len(clips.ids) / config.batch_size)
-        self.updates = updates if updates is not None else (epochs or 0) * self.updates_per_epoch
+        self.updates, self.updates_per_epoch = updates, updates_per_epoch(clips, config)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.moments = {name: Moments.of(parameter) for name, parameter in self.parameters.items()}
         self._rounded = self._to_round()

@@ -28,8 +28,8 @@ from rich.text import Text
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-NOTICE_PREFIX = "note: "
-"""Marks lines of a job's log that are passed on."""
+from gmp_atl.errors import NOTICE_PREFIX
+
 STATE = re.compile(rf"^{NOTICE_PREFIX}(.+)$|((?:update|clip|iteration) \d+ of \d+.*)$", re.MULTILINE)
 """Lines of a job's log that say what it is doing: a notice, or how far it is."""
 STATE_SECONDS = 5.0

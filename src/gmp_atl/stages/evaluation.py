@@ -44,6 +44,7 @@ def evaluation(
 
     Raises:
         LeakageError: the model has been fitted on one of them.
+        UserError: a model of other classes, or with another loss, or features of another encoder.
     """
     device = devices.resolve(gpus)
     split = held_out_split(utterances, config.folds, fold)

@@ -17,7 +17,7 @@ from gmp_atl.folds import Split, held_out_split, training_split, without_group
 from gmp_atl.losses import am_softmax
 from gmp_atl.metrics import confusion, uar, war
 from gmp_atl.randomness import Key
-from gmp_atl.training import Terms, Trainer, Validation, fingerprint, regularisation
+from gmp_atl.training import Terms, Trainer, Validation, fingerprint, regularisation, updates_per_epoch
 
 
 def finetuning(
@@ -40,6 +40,11 @@ def finetuning(
     Args:
         encoder: of stage 3, or the pre-trained one for the rows without GMPs.
         multitask_head: folder of stage 1, for the reading that its head is taken over.
+
+    Raises:
+        LeakageError: encoder or head were fitted on a held-out utterance.
+        UserError: features or a head of another encoder, a class that the reading of `finetuning.selection` leaves no
+            utterance of, or training that diverges.
     """
     device = devices.resolve(gpus)
     settings = config.finetuning
@@ -73,17 +78,18 @@ def finetuning(
     validate = None
     if validation is not None:
         validate = _validator(model, config, local_features, validation, origin["encoder"], device)
+    clips = Clips.read(local_features, split, encoder=origin["encoder"])
     trainer = Trainer(
         model,
         objective,
-        Clips.read(local_features, split, encoder=origin["encoder"]),
+        clips,
         config=settings.optimisation,
         compute=config.compute,
         key=key,
         device=device,
         checkpoint=checkpoint,
         fingerprint=fingerprint("finetuning", config, key, inputs),
-        epochs=settings.epochs,
+        updates=settings.epochs * updates_per_epoch(clips, settings.optimisation),
         validate=validate,
     )
     trainer.run()

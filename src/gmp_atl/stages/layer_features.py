@@ -39,6 +39,10 @@ def layer_features(
 
     The reading `clustering.fit_on: all` adds them, for k-means only. In memory are all layers of the clips of two row
     groups of the local features, one that is computed and one that is written.
+
+    Raises:
+        LeakageError: the encoder was fitted on a held-out utterance.
+        UserError: features of another encoder, or a layer that the encoder lacks.
     """
     device = devices.resolve(gpus)
     model, metadata = model_files.load_fitted(encoder)

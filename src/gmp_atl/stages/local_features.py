@@ -35,7 +35,7 @@ def local_features(
     output: Output,
     gpus: int = 0,
 ) -> None:
-    """Run the frozen convolutions over single, unpadded clips and store float16.
+    """Run the frozen convolutions over every clip, as if it were alone, and store float16.
 
     Raises:
         UserError: a clip has changed since the corpus was read, or cannot be decoded.

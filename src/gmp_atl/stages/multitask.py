@@ -15,7 +15,7 @@ from gmp_atl.encoder import Regularisation
 from gmp_atl.files import Output
 from gmp_atl.folds import training_split
 from gmp_atl.randomness import Key
-from gmp_atl.training import Terms, Trainer, fingerprint, regularisation
+from gmp_atl.training import Terms, Trainer, fingerprint, regularisation, updates_per_epoch
 
 
 def multitask(
@@ -31,7 +31,12 @@ def multitask(
     checkpoint: Output,
     gpus: int = 0,
 ) -> None:
-    """Train on the fold's training utterances; write encoder and head to `output`, a folder."""
+    """Train on the fold's training utterances; write encoder and head to `output`, a folder.
+
+    Raises:
+        LeakageError: the encoder was fitted on a held-out utterance.
+        UserError: features of another encoder, or training that diverges.
+    """
     device = devices.resolve(gpus)
     settings = config.multitask
     split = training_split(utterances, config.folds, fold)
@@ -63,17 +68,18 @@ def multitask(
         }
         return Terms(alpha * emotion_loss + (1 - alpha) * gender_loss, count, quantities)
 
+    clips = Clips.read(local_features, split, encoder=origin["encoder"])
     trainer = Trainer(
         model,
         objective,
-        Clips.read(local_features, split, encoder=origin["encoder"]),
+        clips,
         config=settings.optimisation,
         compute=config.compute,
         key=key,
         device=device,
         checkpoint=checkpoint,
         fingerprint=fingerprint("multitask", config, key, [utterances, local_features, encoder / "model.safetensors"]),
-        epochs=settings.epochs,
+        updates=settings.epochs * updates_per_epoch(clips, settings.optimisation),
     )
     trainer.run()
     classifier.save(model, output, encoder=origin["encoder"], fitted_on=split.ids)
