@@ -69,6 +69,15 @@ def test_what_is_no_length_of_time_is_refused(capsys: pytest.CaptureFixture[str]
     assert f"argument --window: invalid positive number value: '{seconds}'" in capsys.readouterr().err
 
 
+def test_a_name_that_no_file_can_have_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a" * 300 + ".wav"
+    for command in (["predict", name, name], ["show", name], ["export", name, "there"]):
+        assert cli.main(command) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"gmp-atl {command[0]}: error: ")
+        assert name in told
+
+
 def test_a_reader_who_has_enough_ends_a_command_without_a_traceback() -> None:
     code = "from gmp_atl import cli; cli._command = lambda _: print('row\\n' * 100_000); raise SystemExit(cli.main([]))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -54,7 +54,10 @@ class _Formatter(logging.Formatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake is one message on stderr and exit code 2, without a traceback."""
+    """Run one command; a user's mistake is one message on stderr and exit code 2, without a traceback.
+
+    So is a file that the system will not look at: in a closed folder, or with a name that no file can have.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -70,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"gmp-atl {argv[0]}: error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
 
 
 def _command(argv: list[str]) -> int:
