@@ -83,7 +83,7 @@ def examples(
     EMBEDDINGS.write(embeddings, pa.table(rows, schema=EMBEDDINGS.schema), fold=fold, seed=seed, explained=explained)
 
     chosen = _median_lengths(split, config.classes)
-    allowed = training if fit_on == "training" else everything(utterances)
+    allowed = everything(utterances) if fit_on == "all" else training
     layer, books = _codebooks(centroids, allowed, described.encoder)
     emotions, local = split.column("emotion"), clips.local
     shown = Clips([clips.ids[index] for index in chosen], [local[index] for index in chosen])
