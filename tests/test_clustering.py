@@ -167,6 +167,7 @@ def test_a_codebook_says_where_it_comes_from(stages, features, caplog):
     assert caplog.messages[0].startswith(f"layer -3, 8 centroids: {{'inertia_per_frame': {inertia}, ")
     _, of_centroids = read_centroids(codebook.centroids)
     _, of_labels = PSEUDO_LABELS.read(codebook.pseudo_labels)
+    assert "statistics" not in of_labels
     for metadata in (of_centroids, of_labels):
         assert (metadata["layer"], metadata["size"], metadata["encoder"]) == (-3, 8, "made")
         assert metadata["fitted_on"] == sorted(stages.inputs.ids("S2", "S3"))
