@@ -30,6 +30,10 @@ from gmp_atl.formats import HISTORY, LAYER_FEATURES, LOCAL_FEATURES, UTTERANCES,
 from gmp_atl.frames import HOP, RECEPTIVE_FIELD
 
 torch.set_num_threads(1)
+
+# Rich takes a pipe for a terminal, and one of that size, where these are set.
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 # The same examples in every run, and no verdict from a clock: a busy machine must not fail a test.

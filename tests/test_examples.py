@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,9 @@ def test_the_same_job_gives_the_same_bytes(made: Made) -> None:
 def test_models_and_codebooks_of_another_fold_are_refused(made: Made) -> None:
     with pytest.raises(LeakageError):
         made.run(fold=2)
+    model = made.stages.finetuning(fold=2).folder
+    with pytest.raises(LeakageError, match=re.escape(str(model))):
+        made.run(model=model)
     other = made.stages.multitask(fold=2)
     with pytest.raises(LeakageError):
         made.run(multitask=other.folder)
